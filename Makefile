@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.PHONY: env
+env: $(STAMP) ## Make the environment in .venv
+
+# torch first, and pinned: a free choice fetches gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+.PHONY: demo
+demo: env ## Fine-tune a small translation model with FNGD (a few minutes on 2 cores)
+	$(BIN)/python scripts/run_translation.py scripts/demo.json
+
+.PHONY: test
+test: env ## Run all tests
+	$(BIN)/python -m pytest
+
+.PHONY: test-fast
+test-fast: env ## Run the tests that take no more than seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: lint
+lint: env ## Check format, style, docstrings and types
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: env ## Measure step time and memory against AdamW
+	$(BIN)/python scripts/bench/step_time.py --output scripts/bench/results/step_time.json
+	$(BIN)/python scripts/bench/memory.py --output scripts/bench/results/memory.json
+
+.PHONY: clean
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,27 @@
+"""Natural gradient by name: FNGD (arXiv 2403.03473) for the Hugging Face Trainer and plain loops.
+
+Importing the package registers the optimizer names `fngd`, `fngd_adamw` and `fngd_muon` with
+transformers, where it is installed. The core needs torch only.
+"""
+
+import importlib.util
+import logging
+
+from hf_fngd.config import FNGDConfig
+from hf_fngd.errors import FNGDError
+from hf_fngd.optimizer import FNGD, create_fngd_optimizer
+
+__version__ = "0.1.0"
+__all__ = ["FNGD", "FNGDConfig", "FNGDError", "create_fngd_optimizer"]
+
+if importlib.util.find_spec("transformers") is not None:
+    from hf_fngd.hf.callback import FNGDCallback
+    from hf_fngd.hf.registry import register
+    from hf_fngd.hf.trainer import FNGDMixin, FNGDSeq2SeqTrainer, FNGDTrainer
+
+    __all__ += ["FNGDCallback", "FNGDMixin", "FNGDSeq2SeqTrainer", "FNGDTrainer", "register"]
+    try:
+        register()
+    except FNGDError as error:
+        # FNGDTrainer works without the names; `python -m hf_fngd` fails on them.
+        logging.getLogger(__name__).warning("%s", error)

@@ -1,0 +1,173 @@
+"""Gram matrices of per-sample gradients: pure functions of tensors.
+
+With U = [u_1 … u_N] the per-sample weight gradients of one layer, K = UᵀU is formed by
+
+* the direct route: the u_n are materialised, K is one product of them;
+* the direct route in chunks: K is additive over output features, so blocks of them need no more
+  memory than they are given (no u_n remains to form the weighted gradient from);
+* the Hadamard route: K_nm = Σ_ts (a_nt·a_ms)(g_nt·g_ms), which needs no u_n at all.
+
+Inputs are in the canonical layout `[G, N, T, d]` of `hf_fngd.layers`. Costs: with flops counted as
+multiply-adds, direct N·d_in·d_out·(T + N), Hadamard N²·T²·(d_in + d_out).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# On a CPU, blocks of per-sample gradients that stay in the cache are faster than whole ones
+# (scripts/bench/gram_routes.py).
+_CPU_BLOCK_BYTES = 2**23
+
+
+class SampleGram(NamedTuple):
+    """Gram matrix of one layer and, where the route materialised them, the gradients.
+
+    Attributes:
+        matrix: K of shape `[N, N]`.
+        per_sample: u_n as `[G, N, d_out, d_in]`, or None.
+    """
+
+    matrix: Tensor
+    per_sample: Tensor | None
+
+
+def choose_route(n: int, t: int, d_in: int, d_out: int) -> str:
+    """Picks the route with fewer operations.
+
+    Args:
+        n: Samples.
+        t: Positions per sample.
+        d_in: Input features.
+        d_out: Output features.
+
+    Returns:
+        `hadamard` iff N·T²·(d_in + d_out) < d_in·d_out·(T + N), else `direct`. Memory does not
+        enter: both routes can be blocked to fit any budget.
+    """
+    return "hadamard" if n * t * t * (d_in + d_out) < d_in * d_out * (t + n) else "direct"
+
+
+def sample_gram(
+    a: Tensor, g: Tensor, *, bias: bool, route: str = "auto", memory_bytes: int = 2**28
+) -> SampleGram:
+    """Forms K of per-sample gradients, positions summed within each sample.
+
+    Args:
+        a: Layer inputs `[G, N, T, d_in]`.
+        g: Output gradients `[G, N, T, d_out]`, of the same dtype.
+        bias: Whether the layer's bias is part of the block: adds (Σ_t g)(Σ_t g)ᵀ.
+        route: `auto`, `direct` or `hadamard`.
+        memory_bytes: Bound on the workspace; larger problems are done in blocks.
+
+    Returns:
+        K, and the per-sample gradients if they were materialised as a whole.
+    """
+    _, n, t, d_in = a.shape
+    if route == "auto":
+        route = choose_route(n, t, d_in, g.shape[-1])
+    if route == "hadamard":
+        per_sample, matrix = None, _hadamard(a, g, memory_bytes)
+    else:
+        per_sample, matrix = _direct(a, g, memory_bytes)
+    if bias:
+        sums = g.sum(2)
+        matrix = matrix + torch.einsum("gnd,gmd->nm", sums, sums)
+    return SampleGram(matrix, per_sample)
+
+
+def _direct(a: Tensor, g: Tensor, memory_bytes: int) -> tuple[Tensor | None, Tensor]:
+    groups, n, _, d_in = a.shape
+    d_out = g.shape[-1]
+    if a.device.type == "cpu":
+        memory_bytes = min(memory_bytes, _CPU_BLOCK_BYTES)
+    rows = max(1, memory_bytes // (groups * n * d_in * a.element_size()))
+    matrix = a.new_zeros(n, n)
+    if rows >= d_out:
+        per_sample = g.transpose(-1, -2) @ a
+        for u in per_sample.flatten(2):
+            _add_lower(matrix, u)
+    else:
+        per_sample = None
+        space = a.new_empty(n * rows * d_in)
+        for group_a, group_g in zip(a, g, strict=True):
+            for block in group_g.split(rows, dim=-1):
+                u = space[: n * block.shape[-1] * d_in].view(n, -1, d_in)
+                torch.bmm(block.transpose(1, 2), group_a, out=u)
+                _add_lower(matrix, u.flatten(1))
+    return per_sample, _mirror(matrix, _half(n))
+
+
+def _half(n: int) -> int:
+    return (n + 1) // 2
+
+
+def _add_lower(matrix: Tensor, u: Tensor) -> None:
+    """Adds uuᵀ, but for the upper right quarter: K is symmetric and torch has no such product."""
+    half = _half(len(u))
+    matrix[:half, :half] += u[:half] @ u[:half].t()
+    matrix[half:] += u[half:] @ u.t()
+
+
+def _mirror(matrix: Tensor, block: int) -> Tensor:
+    """Fills what lies above the diagonal blocks from below.
+
+    Returns:
+        The matrix.
+    """
+    for i in range(block, len(matrix), block):
+        matrix[:i, i : i + block] = matrix[i : i + block, :i].t()
+    return matrix
+
+
+def _hadamard(a: Tensor, g: Tensor, memory_bytes: int) -> Tensor:
+    groups, n, t, _ = a.shape
+    block = max(1, memory_bytes // (2 * groups * n * t * t * a.element_size()))
+    block = min(block, _half(n))
+    matrix = a.new_zeros(n, n)
+    for i in range(0, n, block):
+        end = min(i + block, n)
+        rows, columns = slice(i, end), slice(0, end)
+        products = token_gram(a[:, rows], g[:, rows], a[:, columns], g[:, columns], bias=False)
+        matrix[rows, columns] = products.view(end - i, t, end, t).sum((1, 3))
+    return _mirror(matrix, block)
+
+
+def token_gram(a: Tensor, g: Tensor, a_other: Tensor, g_other: Tensor, *, bias: bool) -> Tensor:
+    """Forms the Gram matrix that counts every position as a sample: (a·a')(g·g').
+
+    Args:
+        a: Layer inputs `[G, N, T, d_in]` of the rows.
+        g: Output gradients `[G, N, T, d_out]` of the rows.
+        a_other: Layer inputs `[G, M, S, d_in]` of the columns.
+        g_other: Output gradients `[G, M, S, d_out]` of the columns.
+        bias: Whether the layer's bias is part of the block: (a·a' + 1)(g·g').
+
+    Returns:
+        Matrix `[N·T, M·S]`.
+    """
+    inner_a = a.flatten(1, 2) @ a_other.flatten(1, 2).transpose(1, 2)
+    inner_g = g.flatten(1, 2) @ g_other.flatten(1, 2).transpose(1, 2)
+    if bias:
+        inner_a = inner_a + 1
+    return inner_a.mul_(inner_g).sum(0) if len(a) > 1 else inner_a.mul_(inner_g)[0]
+
+
+def token_norms(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
+    """Squared norm of every position's gradient, the diagonal of the token Gram matrix.
+
+    Args:
+        a: Layer inputs `[G, N, T, d_in]`.
+        g: Output gradients `[G, N, T, d_out]`.
+        bias: Whether the layer's bias is part of the block.
+
+    Returns:
+        Vector `[N·T]`. For grouped convolutions the groups' terms are added.
+    """
+    norms_a = a.square().sum(-1)
+    if bias:
+        norms_a = norms_a + 1
+    return (norms_a * g.square().sum(-1)).sum(0).flatten()

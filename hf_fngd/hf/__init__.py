@@ -1,0 +1,1 @@
+"""The rooms that know transformers: optimizer names, trainers, sample ids, logs, model cards."""

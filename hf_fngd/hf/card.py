@@ -1,0 +1,230 @@
+"""Model card of a run: metadata, numbers and settings, from what the run itself reports.
+
+The card is written offline. A card that a person wrote is completed, not replaced: metadata that it
+has is kept, and only the text between our two marks is ours.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import Trainer
+
+FNGD_TAGS = ["fngd", "natural-gradient", "hf_fngd"]
+_BEGIN, _END = "<!-- hf_fngd: begin -->", "<!-- hf_fngd: end -->"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CITATION = """@article{fngd2024,
+  title  = {Fast Natural Gradient Descent},
+  note   = {arXiv:2403.03473},
+  year   = {2024}
+}"""
+
+
+@dataclass
+class CardFacts:
+    """What the card says; nothing else is put in.
+
+    Attributes:
+        model_name: Name of the model.
+        task: Hub task, as `translation`.
+        dataset: Name of the data.
+        languages: Language codes.
+        base_model: What was fine-tuned, if anything; a local path is not named.
+        optimizer: Name given to `--optim`.
+        settings: The optimizer's settings.
+        layers: Table of selected layers, if there is one.
+        command: The exact command.
+        seed: Seed of the run.
+        device: Machine.
+        versions: Versions of the packages.
+        metrics: Scores by metric name, of the test set.
+        baselines: Scores of other runs, by a description of them.
+        signatures: sacrebleu signatures by metric name.
+        curves: File name of the plot, beside the card.
+        limits: Sentences on what the model cannot do.
+    """
+
+    model_name: str
+    task: str
+    dataset: str
+    optimizer: str
+    command: str
+    seed: int
+    device: str
+    languages: list[str] = field(default_factory=list)
+    base_model: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+    curves: str | None = None
+    limits: list[str] = field(default_factory=list)
+
+    @property
+    def is_fngd(self) -> bool:
+        """Whether the run used an FNGD optimizer."""
+        return self.optimizer.startswith("fngd")
+
+
+def card_data(facts: CardFacts) -> ModelCardData:
+    """Makes the card's metadata.
+
+    Args:
+        facts: What is known of the run.
+
+    Returns:
+        Metadata with a model-index entry for each metric.
+    """
+    results = [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type=facts.dataset,
+            dataset_name=facts.dataset,
+            metric_type=name,
+            metric_value=round(value, 4),
+            metric_name={"bleu": "BLEU", "chrf": "chrF"}.get(name, name),
+        )
+        for name, value in facts.metrics.items()
+    ]
+    return ModelCardData(
+        language=facts.languages or None,
+        library_name="transformers",
+        pipeline_tag=facts.task,
+        tags=(FNGD_TAGS if facts.is_fngd else []) + [facts.task],
+        base_model=facts.base_model if _is_hub_id(facts.base_model) else None,
+        model_name=facts.model_name,
+        eval_results=results or None,
+    )
+
+
+def write_card(folder: Path, facts: CardFacts) -> Path:
+    """Writes README.md, or completes the one that is there.
+
+    Args:
+        folder: Folder of the model.
+        facts: What is known of the run.
+
+    Returns:
+        Path of the card.
+    """
+    path = folder / "README.md"
+    data = card_data(facts).to_dict()
+    section = f"{_BEGIN}\n{_section(facts)}\n{_END}"
+    text = f"# {facts.model_name}\n\n{section}\n"
+    if path.exists():
+        old = ModelCard.load(path, ignore_metadata_errors=True)
+        text = _insert(old.text, section)
+        kept = old.data.to_dict()
+        ours = ("model-index", "tags")
+        data = {**data, **{key: value for key, value in kept.items() if key not in ours}}
+        data["tags"] = list(dict.fromkeys([*(kept.get("tags") or []), *data["tags"]]))
+        if "model-index" not in data and "model-index" in kept:
+            data["model-index"] = kept["model-index"]
+    header = ModelCardData(**{k: v for k, v in data.items() if k != "model-index"}).to_dict()
+    if "model-index" in data:
+        header["model-index"] = data["model-index"]
+    from yaml import safe_dump
+
+    block = safe_dump(header, sort_keys=False, allow_unicode=True).strip()
+    path.write_text(f"---\n{block}\n---\n\n{text.lstrip()}", encoding="utf-8")
+    return path
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return bool(name) and _HUB_ID.fullmatch(str(name)) is not None and not Path(str(name)).exists()
+
+
+def _insert(text: str, section: str) -> str:
+    if _BEGIN in text and _END in text:
+        before, _, rest = text.partition(_BEGIN)
+        return before + section + rest.partition(_END)[2]
+    return f"{text.rstrip()}\n\n{section}\n"
+
+
+def _section(facts: CardFacts) -> str:
+    parts = [_results(facts)]
+    if facts.curves:
+        parts.append(f"## Training curves\n\n![loss and scores]({facts.curves})")
+    parts.append(_training(facts))
+    parts.append(_usage(facts))
+    if facts.limits:
+        parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in facts.limits))
+    if facts.is_fngd:
+        parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
+    return "\n\n".join(parts)
+
+
+def _results(facts: CardFacts) -> str:
+    names = list(facts.metrics)
+    lines = ["## Results", "", f"On the test set of {facts.dataset}.", ""]
+    lines += ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    rows = {"this model": facts.metrics, **facts.baselines}
+    for label, scores in rows.items():
+        cells = (f"{scores[name]:.2f}" if name in scores else "" for name in names)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {name}: `{text}`" for name, text in facts.signatures.items())]
+    return "\n".join(lines).rstrip()
+
+
+def _training(facts: CardFacts) -> str:
+    origin = f"fine-tuned from `{facts.base_model}`" if _is_hub_id(facts.base_model) else "trained"
+    if facts.base_model and not _is_hub_id(facts.base_model):
+        origin = "fine-tuned from a local checkpoint"
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    text = [
+        "## How it was trained",
+        "",
+        f"The model was {origin} on {facts.dataset} with `--optim {facts.optimizer}`, seed "
+        f"{facts.seed}, on: {facts.device}.",
+        "",
+        f"```bash\n{facts.command}\n```",
+        "",
+        f"Versions: {versions}.",
+    ]
+    if facts.settings:
+        text += ["", "Settings of the optimizer:", "", "| setting | value |", "|---|---|"]
+        text += [f"| {name} | {value} |" for name, value in facts.settings.items()]
+    if facts.layers:
+        table = f"```\n{facts.layers}\n```"
+        text += ["", f"<details><summary>Layers</summary>\n\n{table}\n\n</details>"]
+    return "\n".join(text)
+
+
+def _usage(facts: CardFacts) -> str:
+    code = (
+        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
+        'folder = "..."  # this repository or folder\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForSeq2SeqLM.from_pretrained(folder)\n"
+    )
+    note = (
+        "\n\n`training_args.bin` names an optimizer that transformers does not know by itself: "
+        "`import hf_fngd` before opening it."
+        if facts.is_fngd
+        else ""
+    )
+    return f"## How to use it\n\n```python\n{code}```{note}"
+
+
+class CardMixin(Trainer):
+    """Trainer mixin: `create_model_card`, and so `push_to_hub`, writes the card of `card_facts`."""
+
+    card_facts: CardFacts | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card; before `card_facts` are known, the Trainer's own one.
+
+        Args:
+            *args: Arguments of the Trainer's method.
+            **kwargs: Arguments of the Trainer's method.
+        """
+        if self.card_facts is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            write_card(Path(self.args.output_dir), self.card_facts)

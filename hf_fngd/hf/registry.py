@@ -1,0 +1,167 @@
+"""Makes `--optim fngd` known to transformers, which has no plugin hook for optimizer names.
+
+Three places of transformers are touched, each once: the `OptimizerNames` enum gets members (so that
+argument parsers and `TrainingArguments` accept the names), the static
+`Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, and `FNGDCallback` joins the default
+callbacks, where it does nothing unless the optimizer is FNGD.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import trainer as trainer_module
+from transformers.training_args import OptimizerNames, TrainingArguments
+
+from hf_fngd.config import FNGDConfig
+from hf_fngd.errors import FNGDError
+from hf_fngd.hf.callback import FNGDCallback
+from hf_fngd.hf.support import refuse_unsupported
+from hf_fngd.optimizer import FNGD
+
+RULE_OF_NAME = {"fngd": "sgd", "fngd_adamw": "adamw", "fngd_muon": "muon"}
+_ENUM_TABLES = ("_member_names_", "_member_map_", "_value2member_map_")
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """Gives `--optim` as text.
+
+    Args:
+        args: Training arguments.
+
+    Returns:
+        The optimizer's name.
+    """
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def config_from_args(args: TrainingArguments) -> FNGDConfig:
+    """Reads FNGD's settings from `--optim`, `--optim_args` and `--optim_target_modules`.
+
+    Args:
+        args: Training arguments.
+
+    Returns:
+        The checked settings. AdamW's betas and epsilon come from `--adam_beta1` and so on.
+
+    Raises:
+        FNGDError: For malformed text, unknown names, bad values, or settings given twice.
+    """
+    values: dict[str, str] = {}
+    for item in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        name, separator, value = item.partition("=")
+        if not (name and separator and value) or "=" in value:
+            raise FNGDError(
+                f'optim_args: {item!r} is not name=value; write --optim_args "damping=0.1,share='
+                "sample\", with '|' between the entries of a list"
+            )
+        if name in values:
+            raise FNGDError(f"optim_args: {name} is given twice")
+        values[name] = value
+    overrides: dict[str, Any] = {
+        "adam_beta1": args.adam_beta1,
+        "adam_beta2": args.adam_beta2,
+        "adam_epsilon": args.adam_epsilon,
+    }
+    rule = RULE_OF_NAME.get(optimizer_name(args), "sgd")
+    if rule != "sgd":
+        if values.get("update_rule", rule) != rule:
+            raise FNGDError(
+                f"--optim {optimizer_name(args)} says update_rule={rule} and optim_args says "
+                f"update_rule={values['update_rule']}: give one of them"
+            )
+        overrides["update_rule"] = rule
+    if args.optim_target_modules is not None:
+        if "target_modules" in values:
+            raise FNGDError(
+                "give the layers by --optim_target_modules or in --optim_args, not both"
+            )
+        overrides["target_modules"] = args.optim_target_modules
+    return FNGDConfig.from_strings(values, **overrides)
+
+
+def optimizer_arguments(
+    args: TrainingArguments, model: nn.Module | None, config: FNGDConfig
+) -> dict[str, Any]:
+    """Gives what `Trainer.create_optimizer` must hand to `FNGD` beside the parameter groups.
+
+    Args:
+        args: Training arguments.
+        model: The model to train.
+        config: Settings.
+
+    Returns:
+        Keyword arguments.
+
+    Raises:
+        FNGDError: If there is no model, or the launch cannot work with FNGD.
+    """
+    if model is None:
+        raise FNGDError("FNGD needs the model to select its layers: pass model= to the Trainer")
+    refuse_unsupported(args)
+    # Not `model=`: the Trainer takes an argument of that name for the parameters.
+    return {"lr": args.learning_rate, "module": model, "config": config}
+
+
+def register() -> None:
+    """Registers the optimizer names with transformers; calling it again changes nothing.
+
+    Raises:
+        FNGDError: If this version of transformers lacks a name that is needed.
+    """
+    trainer_class = getattr(trainer_module, "Trainer", None)
+    missing = [
+        f"{owner}.{name}"
+        for owner, holder, names in (
+            ("OptimizerNames", OptimizerNames, _ENUM_TABLES),
+            ("Trainer", trainer_class, ("get_optimizer_cls_and_kwargs",)),
+            ("transformers.trainer", trainer_module, ("DEFAULT_CALLBACKS",)),
+        )
+        for name in names
+        if not hasattr(holder, name)
+    ]
+    if missing:
+        raise FNGDError(
+            f"transformers {transformers.__version__} is not supported by --optim fngd (it has no "
+            f"{', '.join(missing)}): use FNGDTrainer, or transformers 5.2 to 5.23"
+        )
+    for name in RULE_OF_NAME:
+        _add_member(name)
+    _wrap_dispatch(trainer_class)
+    if FNGDCallback not in trainer_module.DEFAULT_CALLBACKS:
+        trainer_module.DEFAULT_CALLBACKS.append(FNGDCallback)
+
+
+def _add_member(value: str) -> None:
+    if value in OptimizerNames._value2member_map_:
+        return
+    name = value.upper()
+    member = str.__new__(OptimizerNames, value)
+    member._name_, member._value_ = name, value
+    member.__objclass__ = OptimizerNames
+    member._sort_order_ = len(OptimizerNames._member_names_)
+    OptimizerNames._member_names_.append(name)
+    OptimizerNames._member_map_[name] = member
+    OptimizerNames._value2member_map_[value] = member
+    # Python 3.13 looks plain values up here.
+    if hasattr(OptimizerNames, "_hashable_values_"):
+        OptimizerNames._hashable_values_.append(value)
+    type.__setattr__(OptimizerNames, name, member)
+
+
+def _wrap_dispatch(trainer_class: Any) -> None:
+    original = trainer_class.get_optimizer_cls_and_kwargs
+    if getattr(original, "knows_fngd", False):
+        return
+
+    @functools.wraps(original)
+    def dispatch(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        if optimizer_name(args) in RULE_OF_NAME:
+            return FNGD, optimizer_arguments(args, model, config_from_args(args))
+        return original(args, model)
+
+    dispatch.knows_fngd = True  # type: ignore[attr-defined]
+    trainer_class.get_optimizer_cls_and_kwargs = staticmethod(dispatch)

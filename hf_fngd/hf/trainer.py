@@ -1,0 +1,126 @@
+"""`FNGDTrainer`, `FNGDSeq2SeqTrainer`, and the mixin that makes either of any Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+
+from hf_fngd.config import FNGDConfig
+from hf_fngd.errors import FNGDError
+from hf_fngd.hf.callback import FNGDCallback, unwrap_optimizer
+from hf_fngd.hf.loss_scale import LossScaleMixin
+from hf_fngd.hf.registry import (
+    RULE_OF_NAME,
+    config_from_args,
+    optimizer_arguments,
+    optimizer_name,
+)
+from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, with_index
+from hf_fngd.optimizer import FNGD
+
+
+class FNGDMixin(LossScaleMixin):
+    """Trains with FNGD in any Trainer: `class MySFTTrainer(FNGDMixin, SFTTrainer): pass`.
+
+    Row numbers travel through the collator in an extra column, so coefficients are shared by sample
+    even under random augmentation.
+
+    Args:
+        *args: Arguments of the Trainer.
+        fngd_config: Settings; by default they are read from `--optim_args`.
+        **kwargs: Keyword arguments of the Trainer.
+
+    Raises:
+        FNGDError: If settings are given twice, or `--optim` names another optimizer.
+    """
+
+    # The Trainer's own.
+    optimizer_cls_and_kwargs: Any
+    train_dataset: Any
+    data_collator: Any
+
+    def __init__(self, *args: Any, fngd_config: FNGDConfig | None = None, **kwargs: Any) -> None:
+        self._fngd_config = fngd_config
+        super().__init__(*args, **kwargs)
+        self._fngd_callback = FNGDCallback(announces=False)
+        callbacks = self.callback_handler.callbacks
+        # In the place of the registered one: before the reporters, which print what it adds.
+        places = [i for i, one in enumerate(callbacks) if isinstance(one, FNGDCallback)]
+        if places:
+            callbacks[places[0]] = self._fngd_callback
+        else:
+            callbacks.insert(1, self._fngd_callback)
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self._read_settings()
+
+    def _read_settings(self) -> None:
+        args = self.args
+        default = TrainingArguments.__dataclass_fields__["optim"]
+        by_default = default.default if isinstance(default.default, str) else None
+        name = optimizer_name(args)
+        standard = {str(getattr(by_default, "value", by_default)), "adamw_torch_fused"}
+        if name not in RULE_OF_NAME and name not in standard | {"adamw_torch"}:
+            raise FNGDError(
+                f"{type(self).__name__} trains with FNGD and --optim names {name}: leave it out, "
+                f"or choose {', '.join(RULE_OF_NAME)}, or use the plain Trainer"
+            )
+        if self._fngd_config is None:
+            self._fngd_config = config_from_args(args)
+        elif args.optim_args or args.optim_target_modules is not None:
+            raise FNGDError("give the settings by fngd_config or by --optim_args, not both")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            assert self._fngd_config is not None
+            model = args[0] if args and args[0] is not None else self.model
+            arguments = optimizer_arguments(self.args, model, self._fngd_config)
+            self.optimizer_cls_and_kwargs = (FNGD, arguments)
+            try:
+                return super().create_optimizer(*args, **kwargs)
+            finally:
+                self.optimizer_cls_and_kwargs = None
+        return super().create_optimizer(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:  # noqa: D102
+        dataset, collator = self.train_dataset, self.data_collator
+        if not hasattr(dataset, "__len__"):
+            return super().get_train_dataloader()
+        self._set_signature_columns_if_needed()
+        if INDEX_COLUMN not in self._signature_columns:
+            self._signature_columns.append(INDEX_COLUMN)
+        self.train_dataset, self.data_collator = with_index(dataset), IndexCollator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
+        optimizer = unwrap_optimizer(self.optimizer)
+        if optimizer is not None:
+            plain = self.accelerator.unwrap_model(model)
+            if optimizer.config.damping_mode == "absolute":
+                scaler = getattr(self.accelerator, "scaler", None)
+                steps = getattr(self, "current_gradient_accumulation_steps", 1)
+                scale = scaler.get_scale() if scaler is not None else 1.0
+                optimizer.coefficients.accumulation = steps / scale
+            announce(optimizer, plain, inputs, rows)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None:
+            self._fngd_callback.count_norm(norm, self.args.max_grad_norm)
+        return norm
+
+
+class FNGDTrainer(FNGDMixin, Trainer):
+    """`transformers.Trainer` with FNGD."""
+
+
+class FNGDSeq2SeqTrainer(FNGDMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with FNGD."""

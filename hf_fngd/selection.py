@@ -1,0 +1,169 @@
+"""Which layers are preconditioned; every layer left out has a reason that can be printed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from hf_fngd.capture import original_type
+from hf_fngd.errors import FNGDError
+from hf_fngd.layers import LinearAdapter, adapter_for
+
+Target = str | Sequence[str] | None
+_SUPPORTED = "Linear, Conv1D and Conv2d"
+
+
+@dataclass
+class Selection:
+    """The chosen layers and, for all others that hold parameters, why they were left out.
+
+    Attributes:
+        chosen: Module and adapter by path, in model order.
+        left_out: Type and reason by path, in model order.
+    """
+
+    chosen: dict[str, tuple[nn.Module, LinearAdapter]] = field(default_factory=dict)
+    left_out: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Gives the table behind `str()`.
+
+        Returns:
+            Path, type, weight shape and `chosen` or the reason, a row a layer.
+        """
+        rows = [
+            (
+                path,
+                original_type(m).__name__,
+                "x".join(str(n) for n in m.get_parameter("weight").shape),
+                "chosen",
+            )
+            for path, (m, _) in self.chosen.items()
+        ]
+        rows += [
+            (path, kind, "", f"left out: {why}") for path, (kind, why) in self.left_out.items()
+        ]
+        return rows
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "weight", "decision"), *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = (
+            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip()
+            for row in rows
+        )
+        return "\n".join(lines)
+
+
+def select_layers(model: nn.Module, target: Target = None, exclude: Target = None) -> Selection:
+    """Chooses the layers to precondition.
+
+    Args:
+        model: Any model; `get_output_embeddings` is asked for the vocabulary head if it exists.
+        target: None (all supported layers), `all-linear` (as in PEFT: all but convolutions), a
+            regular expression that must match the whole path, or a list. A list entry matches
+            a path that it equals or is a dotted part of, or that it matches as a whole as a regular
+            expression; an entry that matches nothing so is looked for inside the paths.
+        exclude: Layers to leave out, written the same way.
+
+    Returns:
+        The selection. Frozen weights, weights with several owners, the vocabulary head and modules
+        of unknown types are never chosen.
+
+    Raises:
+        FNGDError: If nothing matches.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    modules = {
+        path: m
+        for path, m in model.named_modules()
+        if next(m.parameters(recurse=False), None) is not None
+    }
+    head = _vocabulary_head(model)
+    wanted = _matches(target, modules, everything=True)
+    unwanted = _matches(exclude, modules, everything=False)
+    selection = Selection()
+    for path, module in modules.items():
+        reason, adapter = (
+            _reason(path, module, owners, head),
+            adapter_for(module, original_type(module)),
+        )
+        if reason is None and path not in wanted:
+            reason = "not in target_modules"
+        if reason is None and target in ("all-linear", "all_linear"):
+            reason = None if original_type(module) is not nn.Conv2d else "not a linear layer"
+        if reason is None and path in unwanted:
+            reason = "in exclude_modules"
+        if reason is None and adapter is not None:
+            selection.chosen[path] = (module, adapter)
+        else:
+            kind = original_type(module).__name__
+            selection.left_out[path] = (kind, reason or f"not one of {_SUPPORTED}")
+    if not selection.chosen:
+        possible = [p for p, m in modules.items() if _reason(p, m, owners, head) is None]
+        names = sorted({path.rpartition(".")[2] for path in possible})
+        hint = f"names that can be chosen: {', '.join(names)}" if names else "the model has none"
+        raise FNGDError(
+            f"no layer matches target_modules={target!r} exclude_modules={exclude!r}; {hint}"
+        )
+    return selection
+
+
+def _reason(
+    path: str, module: nn.Module, owners: dict[int, list[str]], head: nn.Module | None
+) -> str | None:
+    """Says why a module can never be chosen.
+
+    Returns:
+        The reason, or None if it can be chosen.
+    """
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    weight = getattr(module, "weight", None)
+    shared = [p for p in owners.get(id(weight), []) if p != path]
+    if module is head:
+        return "vocabulary head" + (f", tied to {shared[0]}" if shared else "")
+    if adapter_for(module, original_type(module)) is None:
+        kind = original_type(module)
+        known = [base.__name__ for base in (nn.Linear, nn.Conv2d) if issubclass(kind, base)]
+        return f"a {known[0]} subclass" if known else f"not one of {_SUPPORTED}"
+    if shared:
+        return f"weight shared with {shared[0]}"
+    if weight is None or not weight.requires_grad:
+        return "frozen"
+    return None
+
+
+def _vocabulary_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        return getter() if getter is not None else None
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _matches(target: Target, modules: dict[str, nn.Module], *, everything: bool) -> set[str]:
+    if target is None:
+        return set(modules) if everything else set()
+    if isinstance(target, str):
+        if target in ("all-linear", "all_linear"):
+            return set(modules)
+        return {path for path in modules if _full_match(target, path)}
+    found: set[str] = set()
+    for entry in target:
+        exact = {p for p in modules if f".{entry}." in f".{p}." or _full_match(entry, p)}
+        found |= exact or {path for path in modules if entry in path}
+    return found
+
+
+def _full_match(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise FNGDError(f"target_modules: {pattern!r} is no regular expression: {error}") from None

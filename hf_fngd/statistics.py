@@ -1,0 +1,111 @@
+"""Counters behind `optimizer.statistics()` and the `fngd/...` logs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hf_fngd.coefficients import Solution
+
+
+class Statistics:
+    """What happened since the last report; rows are counted over the epoch."""
+
+    def __init__(self) -> None:
+        self.gram_seconds = 0.0
+        self.nonfinite = 0
+        self.fallbacks = 0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._gamma: Tensor | None = None  # sum, minimum, maximum
+        self._count = 0
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Sets the counts that belong to an epoch back to zero."""
+        self.rows_known = 0
+        self.rows_seen = 0
+
+    def count_rows(self, known: int, seen: int) -> None:
+        """Counts the samples of a batch in an epoch that reuses coefficients.
+
+        Args:
+            known: Samples with stored coefficients.
+            seen: All samples.
+        """
+        self.rows_known += known
+        self.rows_seen += seen
+
+    @property
+    def reuse_rate(self) -> float | None:
+        """Share of this epoch's samples with stored coefficients; None if none were looked up."""
+        return self.rows_known / self.rows_seen if self.rows_seen else None
+
+    def count_solution(self, gamma: Tensor, solution: Solution) -> None:
+        """Adds one layer's coefficients.
+
+        Args:
+            gamma: The coefficients.
+            solution: How they came about.
+        """
+        self.nonfinite += not solution.finite
+        self.fallbacks += solution.fallback
+        if solution.finite:
+            low, high = gamma.aminmax()
+            now = torch.stack([gamma.sum(), low, high]).detach()
+            if self._gamma is not None:
+                last = self._gamma.to(now)
+                now = torch.stack([last[0] + now[0], last[1].min(low), last[2].max(high)])
+            self._gamma = now
+            self._count += gamma.numel()
+
+    @contextmanager
+    def timer(self, device: torch.device) -> Iterator[None]:
+        """Adds the time of the enclosed work to `gram_seconds`, without stopping a GPU.
+
+        Args:
+            device: Where the work runs.
+
+        Yields:
+            Nothing.
+        """
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self.gram_seconds += time.perf_counter() - begin
+
+    def report(self) -> dict[str, float]:
+        """Gives the numbers collected since the last report and starts the γ statistics anew.
+
+        Returns:
+            Floats by name; γ entries are absent where no coefficients were computed.
+        """
+        for start, end in self._events:
+            end.synchronize()
+            self.gram_seconds += start.elapsed_time(end) / 1000
+        self._events.clear()
+        numbers = {
+            "gram_seconds": self.gram_seconds,
+            "nonfinite": float(self.nonfinite),
+            "fallbacks": float(self.fallbacks),
+        }
+        if self.reuse_rate is not None:
+            numbers["reuse_rate"] = self.reuse_rate
+        if self._gamma is not None:
+            total, low, high = self._gamma.tolist()
+            numbers |= {
+                "gamma_mean": total / self._count,
+                "gamma_min": low,
+                "gamma_max": high,
+            }
+            self._gamma, self._count = None, 0
+        return numbers

@@ -1,0 +1,309 @@
+"""What is remembered of the coefficients from the epochs in which they are computed.
+
+Both stores live on the CPU or where they were filled, hold tensors and builtins only, and merge
+across the ranks of a `torch.distributed` job. NaN marks what was never collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_fngd.errors import FNGDError
+
+_GROWTH = 1.25
+_MIN_ROWS = 256
+
+
+class SampleStore:
+    """One coefficient for each data set row and layer.
+
+    Memory: 4 bytes (float32) or 2 (float16) x rows x layers. Without `num_samples` the table grows
+    as ids appear, by a quarter at a time, and is cut to size by `trim`. Ids are row numbers below
+    `num_samples`, or any 64-bit integers, which then need a dictionary beside the table.
+
+    Args:
+        num_layers: Number of selected layers.
+        dtype: torch.float32 or torch.float16.
+        num_samples: Rows of the data set, if known. Rows beyond it are not stored.
+    """
+
+    def __init__(self, num_layers: int, dtype: torch.dtype, num_samples: int | None = None) -> None:
+        self.num_samples = num_samples
+        self.table = torch.full((0, num_layers), torch.nan, dtype=dtype)
+        self.rows: dict[int, int] | None = None
+        self.known = torch.zeros(0, dtype=torch.bool)
+        self.dirty = torch.zeros(0, dtype=torch.bool)
+
+    def locate(self, ids: Sequence[int], *, create: bool) -> Tensor:
+        """Finds the table rows of sample ids.
+
+        Args:
+            ids: Sample ids of a batch.
+            create: Whether to make rows for new ids.
+
+        Returns:
+            Row numbers `[N]`, -1 where an id has none.
+        """
+        if self.rows is None and self.num_samples is not None and len(self.table) == 0:
+            if all(0 <= i < self.num_samples for i in ids):
+                self._resize(self.num_samples)
+            else:
+                self.rows = {}
+        elif self.rows is None and self.num_samples is None:
+            self.rows = {}
+        if self.rows is None:
+            limit = len(self.table)
+            return torch.tensor([i if 0 <= i < limit else -1 for i in ids], dtype=torch.long)
+        if create:
+            for i in ids:
+                if self.num_samples is None or len(self.rows) < self.num_samples:
+                    self.rows.setdefault(i, len(self.rows))
+            if len(self.rows) > len(self.table):
+                grown = max(_MIN_ROWS, int(len(self.table) * _GROWTH), len(self.rows))
+                self._resize(min(grown, self.num_samples or grown))
+        return torch.tensor([self.rows.get(i, -1) for i in ids], dtype=torch.long)
+
+    def _resize(self, rows: int) -> None:
+        table = torch.full((rows, self.table.shape[1]), torch.nan, dtype=self.table.dtype)
+        known, dirty = torch.zeros(2, rows, dtype=torch.bool)
+        kept = min(rows, len(self.table))
+        table[:kept], known[:kept] = self.table[:kept], self.known[:kept]
+        dirty[:kept] = self.dirty[:kept]
+        self.table, self.known, self.dirty = table, known, dirty
+
+    def trim(self) -> None:
+        """Gives back the memory of rows that growth left unused."""
+        if self.rows is not None and len(self.rows) < len(self.table):
+            self._resize(len(self.rows))
+
+    def count_known(self, rows: Tensor) -> int:
+        """Counts the rows of a batch that have coefficients.
+
+        Args:
+            rows: Row numbers from `locate`.
+
+        Returns:
+            How many are known.
+        """
+        found = rows[rows >= 0]
+        return int(self.known[found].sum())
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Looks up the coefficients of a batch for all layers at once.
+
+        Args:
+            rows: Row numbers from `locate`.
+
+        Returns:
+            float32 matrix `[N, layers]`; a missing entry is the layer's mean over all rows, or 1.
+        """
+        values = self.table[rows.clamp(min=0)].float()
+        values[rows < 0] = torch.nan
+        missing = values.isnan()
+        if missing.any():
+            means = self.table.float().nanmean(0).nan_to_num(1.0)
+            values = torch.where(missing, means, values)
+        return values
+
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Stores the coefficients of a batch.
+
+        Args:
+            rows: Row numbers from `locate`.
+            values: Matrix `[N, layers]`; NaN entries leave what is stored.
+        """
+        keep = rows >= 0
+        rows, values = rows[keep], values[keep].to(self.table)
+        old = self.table[rows]
+        self.table[rows] = torch.where(values.isnan(), old, values)
+        filled = rows[~values.isnan().all(1)]
+        self.known[filled] = True
+        self.dirty[filled] = True
+
+    def merge(self) -> None:
+        """Makes the store equal on all ranks; of a row seen by several, the mean is kept."""
+        if not _distributed():
+            self.dirty.zero_()
+            return
+        mine = self.dirty.nonzero().squeeze(1)
+        names = {row: i for i, row in self.rows.items()} if self.rows is not None else None
+        ids = mine.tolist() if names is None else [names[row] for row in mine.tolist()]
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (ids, self.table[mine]))
+        sums: dict[int, list[Tensor]] = {}
+        for part_ids, part in parts:
+            for position, i in enumerate(part_ids):
+                sums.setdefault(i, []).append(part[position].float())
+        if sums:
+            ordered = sorted(sums)
+            merged = torch.stack([torch.stack(sums[i]).nanmean(0) for i in ordered])
+            self.write(self.locate(ordered, create=True), merged)
+        self.dirty.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives the content as tensors and builtins.
+
+        Returns:
+            State for `load_state_dict`.
+        """
+        ids = None if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)
+        used = len(self.table) if self.rows is None else len(self.rows)
+        return {
+            "table": self.table[:used].clone(),
+            "known": self.known[:used].clone(),
+            "ids": ids,
+            "num_samples": self.num_samples,
+            "dirty": self.dirty[:used].clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave.
+
+        Args:
+            state: The saved state.
+
+        Raises:
+            FNGDError: If the state belongs to a data set of another size.
+        """
+        saved = state["num_samples"]
+        if None not in (saved, self.num_samples) and saved != self.num_samples:
+            raise FNGDError(
+                f"the checkpoint's coefficients belong to a data set of {saved} rows, this one has "
+                f"{self.num_samples}: resume with the same data, or start without the checkpoint"
+            )
+        self.num_samples = self.num_samples or saved
+        self.table = state["table"].cpu().clone()
+        self.known = state["known"].cpu().clone()
+        ids = state["ids"]
+        self.rows = None if ids is None else {i: row for row, i in enumerate(ids.tolist())}
+        self.dirty = state["dirty"].cpu().clone()
+
+
+class MeanStore:
+    """The mean of all coefficients collected under one key, for each layer.
+
+    Keys are labels or token ids, places in the batch, or 0 for one number a layer.
+
+    Args:
+        num_layers: Number of selected layers.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        # Sum and count; `local` is what this rank collected since the last merge.
+        self.total = torch.zeros(2, num_layers, 0, dtype=torch.float64)
+        self.local = self.total.clone()
+        self._means: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forgets everything, before coefficients are collected anew."""
+        self.total = torch.zeros_like(self.total)
+        self.local = torch.zeros_like(self.local)
+        self._means = None
+
+    def _grow(self, keys: int) -> None:
+        missing = keys - self.total.shape[2]
+        if missing > 0:
+            self.total = torch.nn.functional.pad(self.total, (0, missing))
+            self.local = torch.nn.functional.pad(self.local, (0, missing))
+
+    def write(self, layer: int, keys: Tensor, gamma: Tensor) -> None:
+        """Adds coefficients to their keys' means.
+
+        Args:
+            layer: Layer number.
+            keys: Keys of any shape; negative ones (padding) are skipped.
+            gamma: Coefficients of the same shape.
+        """
+        keys, gamma = keys.flatten().cpu(), gamma.flatten().double().cpu()
+        keys, gamma = keys[keys >= 0], gamma[keys >= 0]
+        if len(keys):
+            self._grow(int(keys.max()) + 1)
+            self.local[0, layer].index_add_(0, keys, gamma)
+            self.local[1, layer].index_add_(0, keys, torch.ones_like(gamma))
+            self._means = None
+
+    def read(self, layer: int, keys: Tensor) -> Tensor:
+        """Looks up the means of keys.
+
+        Args:
+            layer: Layer number.
+            keys: Keys of any shape.
+
+        Returns:
+            float32 coefficients in the shape of `keys`; a key never seen has the layer's mean.
+        """
+        means = self._all_means()[layer]
+        unseen = len(means) - 1
+        keys = keys.cpu()
+        return means[keys.masked_fill((keys < 0) | (keys > unseen), unseen)]
+
+    def layer_mean(self, layer: int) -> float:
+        """Gives the mean over everything collected in a layer.
+
+        Args:
+            layer: Layer number.
+
+        Returns:
+            The mean, or 1 if there is none.
+        """
+        return float(self._all_means()[layer, -1])
+
+    def _all_means(self) -> Tensor:
+        """Computes the means by layer and key.
+
+        Returns:
+            Matrix `[layers, keys + 1]`, the last column for keys never seen.
+        """
+        if self._means is None:
+            sums, counts = self.total + self.local
+            mean = (sums.sum(1) / counts.sum(1)).nan_to_num(1.0).unsqueeze(1)
+            means = torch.where(counts > 0, sums / counts.clamp(min=1), mean)
+            self._means = torch.cat([means, mean], 1).float()
+        return self._means
+
+    def count_known(self) -> int:
+        """Counts the keys for which something was collected.
+
+        Returns:
+            How many are known in any layer.
+        """
+        return int(((self.total + self.local)[1] > 0).any(0).sum())
+
+    def merge(self) -> None:
+        """Makes the store equal on all ranks: sums and counts are added."""
+        if not _distributed():
+            return
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self.local)
+        self._grow(max(part.shape[2] for part in parts))
+        for part in parts:
+            self.total[:, :, : part.shape[2]] += part
+        self.local = torch.zeros_like(self.total)
+        self._means = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives the content as tensors.
+
+        Returns:
+            State for `load_state_dict`.
+        """
+        return {"total": self.total.clone(), "local": self.local.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave.
+
+        Args:
+            state: The saved state.
+        """
+        self.total = state["total"].cpu().clone()
+        self.local = state["local"].cpu().clone()
+        self._means = None
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

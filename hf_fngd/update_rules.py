@@ -1,0 +1,162 @@
+"""What the (already preconditioned) gradients are turned into: SGD, AdamW and Muon.
+
+The rules are torch's own functional optimizers, so that with γ = 1 a step equals torch.optim's bit
+for bit. Weight decay is decoupled in all of them. State is kept in float32 under bf16 and fp16
+parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import _muon
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+# Root mean square of a typical AdamW update (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+ADAMW_RMS = 0.2
+_RMS_EPSILON = 1e-12
+
+Rule = Callable[[list[Tensor], list[Tensor], list[dict[str, Any]], dict[str, Any]], None]
+
+
+def sgd_rule(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """SGD with momentum; with `update_scale="rms"` the update's RMS is set per tensor.
+
+    Args:
+        params: Parameters, updated in place.
+        grads: Their gradients.
+        states: Their optimizer states.
+        group: Hyper-parameters.
+    """
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    buffers = [state.get("momentum_buffer") for state in states]
+    options = {"momentum": group["momentum"], "nesterov": group["nesterov"], "dampening": 0}
+    if group["update_scale"] == "none":
+        _sgd(params, grads, buffers, lr=group["lr"], **options)
+    else:
+        # A unit step from zero leaves the negative update; only its length is changed.
+        updates = [torch.zeros_like(p) for p in params]
+        _sgd(updates, grads, buffers, lr=1.0, **options)
+        norms = torch._foreach_norm(updates)
+        scales = [
+            group["lr"] * ADAMW_RMS * p.numel() ** 0.5 / (n + _RMS_EPSILON)
+            for p, n in zip(params, norms, strict=True)
+        ]
+        torch._foreach_mul_(updates, scales)
+        torch._foreach_add_(params, updates)
+    for state, buffer in zip(states, buffers, strict=True):
+        if buffer is not None:
+            state["momentum_buffer"] = buffer
+
+
+def _sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Any], **options: Any) -> None:
+    sgd(params, grads, buffers, weight_decay=0.0, maximize=False, foreach=None, **options)
+
+
+def adamw_rule(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """AdamW (Loshchilov & Hutter 2019).
+
+    Args:
+        params: Parameters, updated in place.
+        grads: Their gradients.
+        states: Their optimizer states.
+        group: Hyper-parameters.
+    """
+    for param, state in zip(params, states, strict=True):
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+    adamw(
+        params,
+        grads,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        foreach=None,
+    )
+
+
+def muon_rule(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """Muon, orthogonalised momentum; convolution weights are seen as `[d_out, rest]`.
+
+    Args:
+        params: Matrices or convolution weights, updated in place.
+        grads: Their gradients.
+        states: Their optimizer states.
+        group: Hyper-parameters.
+    """
+    for grad, state in zip(grads, states, strict=True):
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+    _muon.muon(
+        [p.view(len(p), -1) for p in params],
+        [g.reshape(len(g), -1) for g in grads],
+        [
+            state["momentum_buffer"].view(len(p), -1)
+            for p, state in zip(params, states, strict=True)
+        ],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        nesterov=group["nesterov"],
+        ns_coefficients=(_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C),
+        eps=_muon.EPS,
+        ns_steps=_muon.DEFAULT_NS_STEPS,
+        adjust_lr_fn="match_rms_adamw" if group["update_scale"] == "rms" else "original",
+        has_complex=False,
+    )
+
+
+RULES: dict[str, Rule] = {"sgd": sgd_rule, "adamw": adamw_rule, "muon": muon_rule}
+
+
+def apply_rule(
+    rule: str,
+    params: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """Updates parameters by their gradients; low-precision ones through a float32 copy.
+
+    Args:
+        rule: Name of the rule.
+        params: Parameters with gradients, updated in place.
+        states: Their optimizer states, updated in place.
+        group: Hyper-parameters.
+    """
+    low = [p.dtype in (torch.bfloat16, torch.float16) for p in params]
+    work = [p.float() if is_low else p for p, is_low in zip(params, low, strict=True)]
+    grads = [p.grad.to(w.dtype) for p, w in zip(params, work, strict=True) if p.grad is not None]
+    RULES[rule](work, grads, states, group)
+    for param, result, is_low in zip(params, work, low, strict=True):
+        if is_low:
+            param.copy_(result)

@@ -1,0 +1,107 @@
+"""The model, the batch and the optimizers that the benchmarks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import MarianConfig, MarianMTModel, set_seed
+
+from hf_fngd import FNGD, create_fngd_optimizer
+
+
+@dataclass
+class Workload:
+    """Shapes of a small translation model and its batch."""
+
+    d_model: int = field(default=256, metadata={"help": "Width of the Marian model."})
+    ffn_dim: int = field(default=1024, metadata={"help": "Width of its feed-forward blocks."})
+    layers: int = field(default=3, metadata={"help": "Encoder layers, and as many decoder layers."})
+    vocab_size: int = field(default=8000, metadata={"help": "Size of the joint vocabulary."})
+    batch_size: int = field(default=64, metadata={"help": "Sentence pairs a batch."})
+    length: int = field(default=20, metadata={"help": "Tokens of each sentence."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of all optimizers."})
+    threads: int = field(default=2, metadata={"help": "Threads of torch."})
+
+    def model(self) -> MarianMTModel:
+        """Builds the model, with the same random weights at every call.
+
+        Returns:
+            The model in training mode.
+        """
+        set_seed(0)
+        torch.set_num_threads(self.threads)
+        config = MarianConfig(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            encoder_layers=self.layers,
+            decoder_layers=self.layers,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=self.ffn_dim,
+            decoder_ffn_dim=self.ffn_dim,
+            max_position_embeddings=max(64, self.length),
+            pad_token_id=self.vocab_size - 1,
+            eos_token_id=0,
+            decoder_start_token_id=self.vocab_size - 1,
+        )
+        return MarianMTModel(config).train()
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Draws a batch of random tokens.
+
+        Returns:
+            Inputs and labels.
+        """
+        shape = (self.batch_size, self.length)
+        source, target = torch.randint(1, self.vocab_size - 1, (2, *shape))
+        return {
+            "input_ids": source,
+            "attention_mask": torch.ones_like(source),
+            "labels": target,
+        }
+
+
+# Name, phase (collect: first epoch; reuse: later epochs) and settings. None is torch's AdamW.
+VARIANTS: dict[str, tuple[str, dict[str, object]] | None] = {
+    "adamw": None,
+    "fngd_adamw later epochs": ("reuse", {"update_rule": "adamw"}),
+    "fngd_adamw first epoch": ("collect", {"update_rule": "adamw"}),
+    "fngd later epochs": ("reuse", {"update_rule": "sgd", "update_scale": "rms"}),
+    "fngd first epoch": ("collect", {"update_rule": "sgd", "update_scale": "rms"}),
+}
+
+
+def make_step(workload: Workload, variant: str) -> Callable[[], None]:
+    """Builds a model with its optimizer and gives a function that trains one step.
+
+    Args:
+        workload: Shapes.
+        variant: A name in `VARIANTS`.
+
+    Returns:
+        A function that runs one training step on the workload's batch.
+    """
+    model, batch = workload.model(), workload.batch()
+    choice = VARIANTS[variant]
+    if choice is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=workload.learning_rate)
+    else:
+        optimizer = create_fngd_optimizer(
+            model, lr=workload.learning_rate, num_samples=workload.batch_size, **choice[1]
+        )
+        if choice[0] == "reuse":
+            _train(model, optimizer, batch)
+            optimizer.start_epoch(1)
+    return lambda: _train(model, optimizer, batch)
+
+
+def _train(
+    model: MarianMTModel, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
+) -> None:
+    if isinstance(optimizer, FNGD):
+        optimizer.set_batch(range(len(batch["input_ids"])))
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,147 @@
+"""Where the sentence pairs come from, and whether they can be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what to do."""
+
+
+@dataclass
+class DataArguments:
+    """Sentence pairs: a data set on the Hub, or local files."""
+
+    source_lang: str = field(metadata={"help": "Key of the source language in every row: en."})
+    target_lang: str = field(metadata={"help": "Key of the target language in every row: de."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, with a column `translation`."}
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of that data set."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Local .json, .jsonl or .jsonl.gz file; a row is "
+            '{"translation": {"en": "...", "de": "..."}}.'
+        },
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Like train_file; evaluated during training."}
+    )
+    test_file: str | None = field(
+        default=None, metadata={"help": "Like train_file; translated once, at the end."}
+    )
+    source_prefix: str = field(
+        default="", metadata={"help": "Put before every source sentence (T5)."}
+    )
+    max_source_length: int = field(default=128, metadata={"help": "Source tokens kept at most."})
+    max_target_length: int = field(default=128, metadata={"help": "Target tokens kept at most."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first training rows."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first validation rows."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first test rows."}
+    )
+
+    def describe(self) -> str:
+        """Names the data for the model card.
+
+        Returns:
+            Hub id, or names of the local files.
+        """
+        if self.dataset_name:
+            return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+        return Path(self.train_file or self.validation_file or self.test_file or "").name
+
+
+def load_pairs(args: DataArguments) -> datasets.DatasetDict:
+    """Loads and checks all splits.
+
+    Args:
+        args: Data arguments.
+
+    Returns:
+        Splits `train`, `validation` and `test`, as far as they exist, with the columns `source` and
+        `target`.
+
+    Raises:
+        InputError: For a missing file, an empty split, or rows without text in both languages.
+    """
+    raw = _load(args)
+    bounds = {
+        "train": args.max_train_samples,
+        "validation": args.max_eval_samples,
+        "test": args.max_predict_samples,
+    }
+    pairs = {}
+    for split, bound in bounds.items():
+        if split in raw:
+            rows = raw[split]
+            rows = rows if bound is None else rows.select(range(min(bound, len(rows))))
+            pairs[split] = _check(split, rows, args)
+    if not pairs:
+        raise InputError("no data: give --train_file, --validation_file, --test_file or a data set")
+    return datasets.DatasetDict(pairs)
+
+
+def _load(args: DataArguments) -> datasets.DatasetDict:
+    if args.dataset_name:
+        try:
+            return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"cannot load the data set {args.dataset_name!r}: {reason}") from None
+    named = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    files = {split: name for split, name in named.items() if name}
+    for split, name in files.items():
+        if not Path(name).is_file():
+            raise InputError(f"--{split}_file: there is no file {name!r}: check the path")
+        if not name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
+            raise InputError(f"--{split}_file: {name!r} is no .json, .jsonl or .jsonl.gz file")
+        if Path(name).stat().st_size == 0:
+            raise InputError(f"--{split}_file: {name!r} is empty: give a file with rows")
+    # One split at a time: the error then names its file.
+    splits = {}
+    for split, name in files.items():
+        try:
+            splits[split] = datasets.load_dataset("json", data_files=name, split="train")
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise InputError(f"--{split}_file: {name!r} is not JSON lines: {reason}") from None
+    return datasets.DatasetDict(splits)
+
+
+def _check(split: str, rows: datasets.Dataset, args: DataArguments) -> datasets.Dataset:
+    if len(rows) == 0:
+        raise InputError(f"the {split} set has no rows: give one with sentence pairs")
+    if "translation" not in rows.column_names:
+        raise InputError(
+            f"the {split} set has the columns {', '.join(rows.column_names)} but no `translation`: "
+            'rows must look like {"translation": {"en": "...", "de": "..."}}'
+        )
+    sides: dict[str, list[str]] = {"source": [], "target": []}
+    for number, row in enumerate(rows["translation"]):
+        for side, language in (("source", args.source_lang), ("target", args.target_lang)):
+            if not isinstance(row, dict) or language not in row:
+                found = ", ".join(row) if isinstance(row, dict) else repr(row)
+                raise InputError(
+                    f"row {number} of the {split} set has no {language!r} (it has: {found}): "
+                    f"check --{side}_lang"
+                )
+            text = row[language]
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(
+                    f"row {number} of the {split} set has no text under {language!r}: remove the "
+                    "row or fill it in"
+                )
+            sides[side].append(text)
+    return datasets.Dataset.from_dict(sides)

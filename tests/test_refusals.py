@@ -1,0 +1,130 @@
+"""What cannot work is refused in one sentence that says what to do."""
+
+import datasets
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import Seq2SeqTrainer
+
+from hf_fngd import FNGDError, FNGDSeq2SeqTrainer
+from hf_fngd.hf import support
+from tests.hf_utils import arguments, make_trainer, token_pairs
+
+BOTH = pytest.mark.parametrize("cls", [FNGDSeq2SeqTrainer, Seq2SeqTrainer], ids=["ours", "stock"])
+
+
+class Plugin:
+    def __init__(self, version):
+        self.fsdp_version = version
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Pretends a launch in accelerate's shared state."""
+
+    def pretend(kind, plugin=None):
+        shared = {"distributed_type": kind, "fsdp_plugin": plugin}
+        monkeypatch.setattr(support.AcceleratorState, "_shared_state", shared)
+
+    return pretend
+
+
+@BOTH
+def test_data_parallel(cls, tmp_path):
+    args = arguments(tmp_path)
+    trainer = make_trainer(cls, args)
+    args._n_gpu = 2
+    with pytest.raises(FNGDError, match="DataParallel: start with torchrun"):
+        trainer.create_optimizer()
+
+
+def test_deepspeed(launch, tmp_path):
+    args = arguments(tmp_path)
+    launch(DistributedType.DEEPSPEED)
+    with pytest.raises(FNGDError, match="DeepSpeed.*use DDP"):
+        support.refuse_unsupported(args)
+
+
+def test_deepspeed_by_argument(tmp_path):
+    args = arguments(tmp_path)
+    args.deepspeed = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(FNGDError, match="DeepSpeed.*use DDP"):
+        support.refuse_unsupported(args)
+
+
+def test_fsdp1_is_refused_and_fsdp2_is_not(launch, tmp_path):
+    args = arguments(tmp_path)
+    launch(DistributedType.FSDP, Plugin(1))
+    with pytest.raises(FNGDError, match="FSDP1.*fsdp_version: 2"):
+        support.refuse_unsupported(args)
+    launch(DistributedType.FSDP, Plugin(2))
+    support.refuse_unsupported(args)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5, 7])},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2, 2]])},
+    ],
+    ids=["position_ids", "cu_seq_lens", "seq_idx"],
+)
+def test_packed_batch_of_one(cls, packing):
+    inputs = {"input_ids": torch.ones(1, 7, dtype=torch.long), **packing}
+    with pytest.raises(FNGDError, match="packed row.*turn packing or padding_free off"):
+        support.refuse_packed(inputs)
+    support.refuse_packed({**inputs, "input_ids": torch.ones(2, 7, dtype=torch.long)})
+
+
+def test_one_plain_row_is_no_packed_batch():
+    ids = torch.ones(1, 7, dtype=torch.long)
+    support.refuse_packed({"input_ids": ids, "position_ids": torch.arange(7).unsqueeze(0)})
+
+
+@BOTH
+def test_dataset_without_length(cls, tmp_path):
+    stream = token_pairs(16).to_iterable_dataset()
+    assert isinstance(stream, datasets.IterableDataset)
+    args = arguments(tmp_path, max_steps=4)
+    trainer = make_trainer(cls, args, train_dataset=stream)
+    with pytest.raises(FNGDError, match="needs a data set with a length.*set share=layer"):
+        trainer.train()
+
+
+@BOTH
+@pytest.mark.parametrize("share", ["layer", "none"])
+def test_dataset_without_length_works_where_no_rows_are_needed(cls, share, tmp_path):
+    stream = token_pairs(16).to_iterable_dataset()
+    args = arguments(tmp_path, max_steps=6, optim_args=f"update_scale=rms,share={share}")
+    trainer = make_trainer(cls, args, train_dataset=stream)
+    trainer.train()
+    phases = [e["fngd/reusing"] for e in trainer.state.log_history if "fngd/reusing" in e]
+    # two steps an epoch
+    assert phases == ([0.0] * 2 + [1.0] * 4 if share == "layer" else [0.0] * 6)
+
+
+@BOTH
+def test_layer_whose_first_dimension_is_not_the_batch(cls, tmp_path, caplog):
+    from tests.hf_utils import tiny_marian
+
+    class Folding(torch.nn.Module):
+        """A feed-forward block that folds positions into the batch, as expert layers do."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.inner(x.reshape(-1, 16)).view_as(x)
+
+    model = tiny_marian()
+    layer = model.model.encoder.layers[0]
+    layer.activation_fn = torch.nn.Identity()
+    layer.fc1 = torch.nn.Sequential(Folding(), layer.fc1)
+    trainer = make_trainer(cls, arguments(tmp_path, num_train_epochs=2), model=model)
+    trainer.train()
+    assert caplog.text.count("is not the batch of 8") == 1
+    assert "encoder.layers.0.fc1.0.inner" in caplog.text
+    assert trainer.state.log_history[-2]["fngd/layers_left_out"] == 1.0

@@ -1,0 +1,116 @@
+"""The optimizer names are known to transformers, and their settings are checked."""
+
+import copy
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers import trainer as trainer_module
+from transformers.training_args import OptimizerNames
+
+from hf_fngd import FNGDCallback, FNGDError, register
+from hf_fngd.hf import registry
+from tests.hf_utils import arguments, make_trainer, tiny_marian
+
+NAMES = pytest.mark.parametrize("name", ["fngd", "fngd_adamw", "fngd_muon"])
+
+
+@NAMES
+def test_names_parse_print_and_copy(name, tmp_path):
+    parser = HfArgumentParser(Seq2SeqTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--optim", name])
+    assert args.optim == name and args.optim is OptimizerNames(name)
+    assert json.loads(args.to_json_string())["optim"] == name
+    assert args.to_sanitized_dict()["optim"] == name
+    assert copy.deepcopy(args).optim is args.optim
+    assert dataclasses.replace(args, seed=3).optim is args.optim
+    assert name in parser.format_help()
+
+
+@NAMES
+def test_training_arguments_are_reloaded(name, tmp_path):
+    buffer = io.BytesIO()
+    torch.save(TrainingArguments(output_dir=str(tmp_path), optim=name), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=False).optim is OptimizerNames(name)
+
+
+def test_registering_again_changes_nothing():
+    before = len(OptimizerNames), list(trainer_module.DEFAULT_CALLBACKS)
+    dispatch = trainer_module.Trainer.get_optimizer_cls_and_kwargs
+    register()
+    assert (len(OptimizerNames), trainer_module.DEFAULT_CALLBACKS) == before
+    assert trainer_module.Trainer.get_optimizer_cls_and_kwargs is dispatch
+    assert trainer_module.DEFAULT_CALLBACKS.count(FNGDCallback) == 1
+
+
+def test_missing_private_name_is_refused(monkeypatch):
+    monkeypatch.delattr(trainer_module, "DEFAULT_CALLBACKS")
+    with pytest.raises(FNGDError, match=r"is not supported by --optim.*use FNGDTrainer"):
+        register()
+
+
+def test_settings_reach_the_optimizer(tmp_path):
+    args = arguments(
+        tmp_path,
+        optim="fngd_adamw",
+        optim_args="damping=0.01, share=layer, refresh_every=3, other_lr=none",
+        optim_target_modules="all-linear",
+        adam_beta2=0.98,
+        adam_epsilon=1e-9,
+    )
+    config = registry.config_from_args(args)
+    assert (config.damping, config.share, config.refresh_every) == (0.01, "layer", 3)
+    assert config.update_rule == "adamw" and config.target_modules == "all-linear"
+    assert (config.adam_beta2, config.adam_epsilon, config.other_lr) == (0.98, 1e-9, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dampng=0.1", r"'dampng' is not a setting of FNGD \(did you mean 'damping'\?\)"),
+        ("damping=0.1,,share=layer,", None),
+        ("damping", r"'damping' is not name=value"),
+        ("damping=0.1=2", r"is not name=value"),
+        ("=0.1", r"is not name=value"),
+        ("damping=", r"is not name=value"),
+        ("damping=0.1,damping=0.2", r"damping is given twice"),
+        ("damping=zero", r"damping='zero' is not a float"),
+        ("damping=0", r"damping must be a finite number above 0"),
+        ("damping=-1", r"damping must be a finite number above 0"),
+        ("damping=nan", r"damping must be a finite number above 0"),
+        ("damping=inf", r"damping must be a finite number above 0"),
+        ("refresh_every=1.5", r"refresh_every='1.5' is not a int"),
+        ("momentum=1", r"momentum must be a finite number at least 0 and below 1"),
+        ("share=samples", r"share='samples' is not allowed: choose .*did you mean 'sample'"),
+        ("nesterov=perhaps", r"nesterov='perhaps' is not a bool"),
+        ("fisher_unit=token", r"share=sample does not go with fisher_unit=token"),
+        ("gram_route=nystrom", r"gram_route=nystrom does not go with fisher_unit=sample"),
+        ("target_modules=nothing_like_it", r"no layer matches target_modules='nothing_like_it'"),
+    ],
+)
+def test_bad_settings_are_named(text, message, tmp_path):
+    def create():
+        args = arguments(tmp_path, optim_args=text)
+        trainer_module.Trainer.get_optimizer_cls_and_kwargs(args, tiny_marian())
+        make_trainer(trainer_module.Trainer, args).create_optimizer()
+
+    if message is None:
+        create()
+    else:
+        with pytest.raises(FNGDError, match=message):
+            create()
+
+
+def test_rule_and_layers_are_given_once(tmp_path):
+    with pytest.raises(FNGDError, match="give one of them"):
+        registry.config_from_args(
+            arguments(tmp_path, optim="fngd_muon", optim_args="update_rule=sgd")
+        )
+    with pytest.raises(FNGDError, match="not both"):
+        registry.config_from_args(
+            arguments(tmp_path, optim_args="target_modules=fc1", optim_target_modules="fc2")
+        )

@@ -1,0 +1,133 @@
+"""Row numbers and content hashes name the same sample whatever the padding and order."""
+
+import datasets
+import pytest
+import torch
+
+from hf_fngd.hf.samples import (
+    INDEX_COLUMN,
+    IndexCollator,
+    batch_labels,
+    content_ids,
+    fingerprint,
+    with_index,
+)
+from tests.hf_utils import PAD, pad_collator, tiny_marian, token_pairs
+
+
+def ids_of(data, rows, **changes):
+    return content_ids({**pad_collator([data[i] for i in rows]), **changes}, PAD)
+
+
+def test_hash_ignores_padding_and_order():
+    data = token_pairs(200)
+    alone = {i: ids_of(data, [i])[0] for i in range(200)}
+    assert len(set(alone.values())) == 200
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1)).tolist()
+    for start in range(0, 200, 7):
+        rows = order[start : start + 7]
+        assert ids_of(data, rows) == [alone[i] for i in rows]
+
+
+def test_hash_ignores_left_padding():
+    row = token_pairs(1)[0]
+    tokens = row["input_ids"]
+    left = {
+        "input_ids": torch.tensor([[PAD, PAD, *tokens]]),
+        "attention_mask": torch.tensor([[0, 0, *[1] * len(tokens)]]),
+        "labels": torch.tensor([row["labels"]]),
+    }
+    assert content_ids(left) == ids_of(token_pairs(1), [0])
+
+
+def test_hash_sees_order_of_tokens_labels_and_single_changes():
+    batch = pad_collator([token_pairs(1)[0]])
+    plain = content_ids(batch)[0]
+    flipped = content_ids({**batch, "input_ids": batch["input_ids"].flip(1)})[0]
+    other_label = batch["labels"].clone()
+    other_label[0, 0] += 1
+    relabelled = content_ids({**batch, "labels": other_label})[0]
+    swapped = content_ids({**batch, "input_ids": batch["labels"], "labels": batch["input_ids"]})[0]
+    assert len({plain, flipped, relabelled, swapped}) == 4
+
+
+def test_hash_without_labels_uses_decoder_inputs():
+    data = token_pairs(2)
+    batch = pad_collator([data[0], data[1]])
+    model = tiny_marian()
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=batch.pop("labels"))
+    wide = torch.nn.functional.pad(shifted, (0, 3), value=PAD)
+    inputs = {**batch, "decoder_input_ids": shifted}
+    # The first decoder token is the padding token itself; it carries no information.
+    assert content_ids(inputs, PAD) == content_ids({**inputs, "decoder_input_ids": wide}, PAD)
+    other = content_ids({**inputs, "decoder_input_ids": shifted.flip(0)}, PAD)
+    assert content_ids(inputs, PAD) != other
+
+
+def test_hash_of_images():
+    pixels = torch.rand(5, 3, 4, 4)
+    ids = content_ids({"pixel_values": pixels})
+    assert len(set(ids)) == 5
+    assert content_ids({"pixel_values": pixels.flip(0)}) == ids[::-1]
+    assert all(-(2**63) <= i < 2**63 for i in ids)
+
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return {"x": i * i}
+
+
+class Tuples(Squares):
+    def __getitem__(self, i):
+        return (i, i * i)
+
+
+def test_collator_carries_rows_of_every_kind_of_dataset():
+    collate = IndexCollator(lambda items: {"x": torch.tensor([item["x"] for item in items])})
+    for data in (datasets.Dataset.from_dict({"x": [0, 1, 4, 9, 16]}), Squares()):
+        indexed = with_index(data)
+        batch = collate([indexed[i] for i in (3, 1)])
+        assert batch[INDEX_COLUMN] == [3, 1]
+        assert batch["x"].tolist() == [9, 1]
+        many = indexed.__getitems__([2, 4])
+        assert collate(many)[INDEX_COLUMN] == [2, 4]
+    collate = IndexCollator(lambda items: {"x": torch.tensor(items)})
+    indexed = with_index(Tuples())
+    batch = collate([indexed[4], indexed[0]])
+    assert batch[INDEX_COLUMN] == [4, 0] and batch["x"].tolist() == [[4, 16], [0, 0]]
+
+
+def test_collator_passes_evaluation_rows_through():
+    collate = IndexCollator(lambda items: {"x": items})
+    assert collate([{"x": 1}]) == {"x": [{"x": 1}]}
+
+
+def test_fingerprint_follows_content_not_transforms():
+    data = token_pairs(20)
+    same = token_pairs(20).with_transform(lambda rows: {"input_ids": rows["input_ids"]})
+    assert fingerprint(data) == fingerprint(same) == fingerprint(with_index(data))
+    assert fingerprint(data) != fingerprint(token_pairs(20, seed=1))
+    assert fingerprint(data) != fingerprint(token_pairs(19))
+    assert fingerprint(Squares()) == "5 rows"
+
+
+def test_labels_by_layer():
+    batch = pad_collator([token_pairs(3)[i] for i in range(3)])
+    mapping = batch_labels(tiny_marian(), batch)
+    import re
+
+    def keys(path):
+        return next(v for pattern, v in mapping.items() if re.search(pattern, path))
+
+    assert keys("model.encoder.layers.0.fc1") is batch["input_ids"]
+    assert keys("model.decoder.layers.0.encoder_attn.k_proj") is batch["input_ids"]
+    assert keys("model.decoder.layers.0.encoder_attn.q_proj") is batch["labels"]
+    assert keys("model.decoder.layers.0.fc1") is batch["labels"]
+
+
+@pytest.mark.parametrize("classes", [torch.tensor([1, 0])])
+def test_class_labels_are_used_as_they_are(classes):
+    assert batch_labels(tiny_marian(), {"labels": classes}) is classes
