@@ -24,6 +24,8 @@ from hf_fngd.layers import LinearAdapter
 
 # Input, output gradient and weight (as the call saw it, under autocast in low precision).
 Call = tuple[Tensor, Tensor, Tensor]
+# A call and the backward pass that it belongs to.
+Delivery = tuple[int, Call]
 
 _ATTRIBUTE = "_fngd_capture"
 _SWAPPED: dict[type, type] = {}
@@ -39,7 +41,7 @@ class Pass:
     def __init__(self, fresh: bool) -> None:
         self.fresh = fresh
         # Parameters behind their gate, and the calls that have delivered, by layer.
-        self.gates: dict[int, tuple[Tensor, Tensor | None, list[Call]]] = {}
+        self.gates: dict[int, tuple[Tensor, Tensor | None, list[Delivery]]] = {}
 
 
 class LayerHandler(Protocol):
@@ -84,7 +86,7 @@ class Capture:
         batch = self.handler.begin(x.shape[0]) if x.dim() > 1 else None
         if batch is None:
             return None
-        calls: list[Call] | None = None
+        calls: list[Delivery] | None = None
         if batch.fresh:
             calls, weight, bias = self._gate(batch, weight, bias)
         x = self.adapter.prepare(x)
@@ -96,11 +98,10 @@ class Capture:
 
     def _gate(
         self, batch: Pass, weight: Tensor, bias: Tensor | None
-    ) -> tuple[list[Call], Tensor, Tensor | None]:
+    ) -> tuple[list[Delivery], Tensor, Tensor | None]:
         known = batch.gates.get(self.number)
-        # Calls that a failed backward left behind (out of memory) belong to another graph.
-        if known is None or (known[2] and not in_backward()):
-            calls: list[Call] = []
+        if known is None:
+            calls: list[Delivery] = []
             known = (*_Gate.apply(weight, bias, self, batch, calls), calls)
             batch.gates[self.number] = known
         return known[2], known[0], known[1]
@@ -123,12 +124,14 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        capture, calls = ctx.capture, list(ctx.calls)
+        capture, task = ctx.capture, _backward_pass()
+        calls = [call for its_task, call in ctx.calls if its_task == task]
         ctx.calls.clear()
         ctx.batch.gates.pop(capture.number, None)
         if not calls:
             return None, None, None, None, None
-        grads = capture.handler.compute(ctx.batch, calls, ctx.bias_needed)
+        with torch.autocast(calls[0][0].device.type, enabled=False):
+            grads = capture.handler.compute(ctx.batch, calls, ctx.bias_needed)
         return *(None if g is None else g.to(ctx.dtype) for g in grads), None, None, None
 
 
@@ -143,11 +146,13 @@ class _WeightedLayer(torch.autograd.Function):
         bias: Tensor | None,
         capture: Capture,
         batch: Pass,
-        calls: list[Call] | None,
+        calls: list[Delivery] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.capture, ctx.batch, ctx.calls = capture, batch, calls
-        return capture.adapter.forward(x, weight, bias)
+        out = capture.adapter.forward(x, weight, bias)
+        # Autograd forbids in-place activations on a Function's output that is a view.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @once_differentiable
@@ -156,12 +161,15 @@ class _WeightedLayer(torch.autograd.Function):
         adapter = ctx.capture.adapter
         grad_x = adapter.input_gradient(g, x, weight) if ctx.needs_input_grad[0] else None
         if ctx.calls is not None:
-            ctx.calls.append((x, g, weight))
+            # What another backward pass left behind (it failed, or was for the input's gradient
+            # only) is not part of this one.
+            task = _backward_pass()
+            ctx.calls[:] = [one for one in ctx.calls if one[0] == task]
+            ctx.calls.append((task, (x, g, weight)))
             return grad_x, None, None, None, None, None
         g = adapter.scale_rows(g, ctx.capture.handler.weights(ctx.batch, x, g))
-        grad_weight = adapter.weight_gradient(g, x, weight)
-        grad_bias = adapter.bias_gradient(g) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, None, None, None
+        grads = adapter.parameter_gradients(g, x, weight, ctx.needs_input_grad[2])
+        return grad_x, *grads, None, None, None
 
 
 class _Captured:
@@ -169,15 +177,17 @@ class _Captured:
 
     _original: type
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = getattr(self, _ATTRIBUTE).run(self, x)
-        return super().forward(x) if out is None else out  # type: ignore[misc]
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        inputs = (*args, *kwargs.values())
+        out = getattr(self, _ATTRIBUTE).run(self, inputs[0]) if len(inputs) == 1 else None
+        return super().forward(*args, **kwargs) if out is None else out  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are plain modules of the original class, without our attribute.
         plain: Any = object.__new__(self._original)
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != _ATTRIBUTE})
-        return plain.__reduce_ex__(protocol)
+        # Pickle insists on the object's own class in the newer protocols.
+        return plain.__reduce_ex__(0)
 
 
 def attach(module: nn.Module, capture: Capture) -> None:
@@ -225,4 +235,8 @@ def in_backward() -> bool:
     Returns:
         True during recomputation by activation checkpointing.
     """
-    return torch._C._current_graph_task_id() != -1
+    return _backward_pass() != -1
+
+
+def _backward_pass() -> int:
+    return torch._C._current_graph_task_id()

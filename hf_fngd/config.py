@@ -129,13 +129,16 @@ class FNGDConfig:
         self._check_number("adam_beta1", at_least=0.0, below=1.0)
         self._check_number("adam_beta2", at_least=0.0, below=1.0)
         self._check_number("adam_epsilon", at_least=0.0)
-        self._check_number("refresh_every", at_least=0)
-        self._check_number("num_landmarks", at_least=1)
-        self._check_number("gram_memory_mb", at_least=1)
+        self._check_number("refresh_every", whole=True, at_least=0)
+        self._check_number("num_landmarks", whole=True, at_least=1)
+        self._check_number("gram_memory_mb", whole=True, at_least=1)
         if self.other_lr is not None:
             self._check_number("other_lr", at_least=0.0)
         if self.num_samples is not None:
-            self._check_number("num_samples", at_least=1)
+            self._check_number("num_samples", whole=True, at_least=1)
+        self._check_number("seed", whole=True)
+        if self.nesterov not in (None, True, False):
+            raise FNGDError(f"nesterov must be true, false or none, not {self.nesterov!r}")
         if self.gram_route not in _ROUTES[self.fisher_unit]:
             raise FNGDError(
                 f"gram_route={self.gram_route} does not go with fisher_unit={self.fisher_unit}: "
@@ -154,17 +157,19 @@ class FNGDConfig:
         above: float = -math.inf,
         at_least: float = -math.inf,
         below: float = math.inf,
+        whole: bool = False,
     ) -> None:
         value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and above < value < below and value >= at_least):
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not (number and above < value < below and value >= at_least):
             bounds = [
                 f"above {above:g}" if above > -math.inf else "",
                 f"at least {at_least:g}" if at_least > -math.inf else "",
                 f"below {below:g}" if below < math.inf else "",
             ]
             wanted = " and ".join(filter(None, bounds))
-            raise FNGDError(f"{name} must be a finite number {wanted}, not {value!r}")
+            kind = "whole" if whole else "finite"
+            raise FNGDError(f"{name} must be a {kind} number {wanted}, not {value!r}")
 
     @classmethod
     def from_strings(cls, values: Mapping[str, str], **overrides: Any) -> FNGDConfig:

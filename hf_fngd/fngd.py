@@ -42,6 +42,7 @@ class Batch(Pass):
         self.known: Tensor | None = None
         self.found: Tensor | None = None
         self.first_layer = ""
+        self.computed: set[int] = set()
 
 
 class FNGDState:
@@ -59,7 +60,9 @@ class FNGDState:
         self.steps = 0
         self.accumulation = 1.0
         self.batch: Batch | None = None
-        self.left_out: dict[str, str] = {}
+        self._unwritten: list[Batch] = []
+        self.left_out: set[str] = set()
+        self._warned: set[str] = set()
         self.store: SampleStore | MeanStore | None = self._new_store()
 
     def _new_store(self) -> SampleStore | MeanStore | None:
@@ -89,8 +92,8 @@ class FNGDState:
         if epoch == self.epoch:
             return
         self.synchronize()
+        self.forget_batch()
         self.epoch = epoch
-        self.batch = None
         self.statistics.start_epoch()
         if isinstance(self.store, SampleStore):
             self.store.trim()
@@ -142,6 +145,7 @@ class FNGDState:
                 batch.fresh = True
                 batch.rows = self.store.locate(ids, create=True)
                 batch.found = torch.full((len(ids), len(self.names)), torch.nan)
+                self._unwritten.append(batch)
             else:
                 batch.known = self.store.read(batch.rows)
 
@@ -174,24 +178,42 @@ class FNGDState:
                 f"{name}: {rows}): call set_batch(sample_ids=...), or exclude the layer whose "
                 "first dimension is not the batch"
             )
-        if name not in self.left_out:
-            self.left_out[name] = f"first dimension {rows} is not the batch of {batch.size}"
-            logger.warning("FNGD leaves out %s: %s", name, self.left_out[name])
+        self.left_out.add(name)
+        self.warn_once(
+            name, f"is left out: its first dimension {rows} is not the batch {batch.size}"
+        )
         return None
+
+    def warn_once(self, name: str, what: str) -> None:
+        """Logs a warning about a layer, the first time it is due.
+
+        Args:
+            name: Path of the layer.
+            what: What is to be said of it.
+        """
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning("FNGD: %s %s", name, what)
 
     def end_step(self) -> None:
         """Closes an optimizer step: the next forward pass must announce its batch."""
-        self.flush()
-        self.batch = None
+        self.forget_batch()
         self.steps += 1
 
+    def forget_batch(self) -> None:
+        """Writes what was found, and forgets the batches announced so far."""
+        self.flush()
+        self.batch = None
+        self._unwritten.clear()
+
     def flush(self) -> None:
-        """Writes the coefficients found in the present batch to the store."""
-        batch = self.batch
-        if batch is not None and batch.found is not None and batch.used:
-            assert isinstance(self.store, SampleStore) and batch.rows is not None
-            self.store.write(batch.rows, batch.found.cpu())
-            batch.found = None
+        """Writes the coefficients that backward passes have found so far to the store."""
+        for batch in self._unwritten:
+            assert isinstance(self.store, SampleStore)
+            if batch.used and batch.rows is not None and batch.found is not None:
+                self.store.write(batch.rows, batch.found.cpu())
+        # A batch that was announced may still be waiting for its backward pass.
+        self._unwritten = [b for b in self._unwritten if not b.used or b is self.batch]
 
     def state_dict(self) -> dict[str, Any]:
         """Gives everything that a resumed run needs, as tensors and builtins.
@@ -272,9 +294,11 @@ class LayerState:
         store = self.state.store
         assert isinstance(store, MeanStore)
         gamma = store.read(self.number, self._keys(batch, x, g)).to(g.device)
-        if self.state.config.share == "position":
-            # A short last batch has the mean step of a full one.
-            gamma = gamma * (store.layer_mean(self.number) / gamma.mean())
+        if self.state.config.share == "position" and len(gamma) < store.num_keys:
+            # A short last batch gets the mean step of a full one, within bounds.
+            full = store.read(self.number, torch.arange(store.num_keys)).mean().to(gamma.device)
+            short = gamma.mean()
+            gamma = gamma * torch.where(short > 0, full / short, 1.0).clamp(0.5, 2.0)
         return gamma
 
     def _keys(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
@@ -314,6 +338,13 @@ class LayerState:
         """
         batch.used = True
         adapter = self.adapter
+        if self.number in batch.computed:
+            self.state.warn_once(
+                self.name,
+                "had two backward passes for one batch, each with coefficients of its own; where "
+                "checkpointed blocks share it, set use_reentrant=False",
+            )
+        batch.computed.add(self.number)
         with self.state.statistics.timer(calls[0][0].device):
             gamma, per_sample = self._solve(batch, calls, bias)
         parts = self._split(gamma, calls)
@@ -321,12 +352,15 @@ class LayerState:
         if per_sample is not None:
             matrix = torch.einsum("n,gnoi->goi", gamma.to(per_sample.dtype), per_sample)
             grad_weight = adapter.from_canonical(matrix, calls[0][2])
-        else:
-            grad_weight = _total(
-                adapter.weight_gradient(g, x, weight)
+            return grad_weight, _total(map(adapter.bias_gradient, scaled)) if bias else None
+        weights, biases = zip(
+            *(
+                adapter.parameter_gradients(g, x, weight, bias)
                 for (x, _, weight), g in zip(calls, scaled, strict=True)
-            )
-        return grad_weight, _total(map(adapter.bias_gradient, scaled)) if bias else None
+            ),
+            strict=True,
+        )
+        return _total(weights), _total(biases) if bias else None
 
     def _split(self, gamma: Tensor, calls: list[Call]) -> Sequence[Tensor]:
         """Gives every call its part of γ.
@@ -334,7 +368,7 @@ class LayerState:
         Returns:
             γ of each call.
         """
-        if gamma.dim() == 1:
+        if gamma.dim() < 2:
             return [gamma] * len(calls)
         return gamma.split([self.adapter.positions(g) for _, g, _ in calls], dim=1)
 
@@ -355,21 +389,23 @@ class LayerState:
                 matrix, damping=config.damping, mode=config.damping_mode, kappa=kappa
             )
             gamma = solution.gamma
+            alive = None
         else:
-            solution = self._solve_tokens(a, g, bias, kappa * t)
-            gamma = solution.gamma.view(n, t)
+            norms = gram.token_norms(a, g, bias=bias)
+            # Padding has no gradient: it is no sample and no landmark.
+            alive = norms > 0
+            solution = self._solve_tokens(a, g, bias, norms, kappa * t)
+            gamma, alive = solution.gamma.view(n, t), alive.view(n, t)
         state.statistics.count_solution(gamma, solution)
         if solution.finite:
-            self._remember(batch, gamma, calls)
+            self._remember(batch, gamma, alive, calls)
         return gamma, per_sample
 
     def _solve_tokens(
-        self, a: Tensor, g: Tensor, bias: bool, kappa: float
+        self, a: Tensor, g: Tensor, bias: bool, norms: Tensor, kappa: float
     ) -> coefficients.Solution:
         config, state = self.state.config, self.state
-        norms = gram.token_norms(a, g, bias=bias)
-        # Padding has no gradient: it is no sample and no landmark.
-        alive = (norms > 0).nonzero().squeeze(1)
+        alive = norms.nonzero().squeeze(1)
         count = max(1, len(alive))
         options: dict[str, Any] = {
             "damping": config.damping,
@@ -385,9 +421,8 @@ class LayerState:
         if exact or len(alive) == 0:
             solution = coefficients.solve(gram.token_gram(a, g, a, g, bias=bias), **options)
         else:
-            generator = torch.Generator().manual_seed(
-                (config.seed * 1_000_003 + state.steps) * 1_000_003 + self.number
-            )
+            seed = (config.seed * 1_000_003 + state.steps) * 1_000_003 + self.number
+            generator = torch.Generator().manual_seed(seed % 2**63)
             chosen = torch.randperm(len(alive), generator=generator)[: config.num_landmarks]
             chosen = chosen.to(a.device)
             columns = gram.token_gram(a, g, a[:, chosen], g[:, chosen], bias=bias)
@@ -396,16 +431,22 @@ class LayerState:
         gamma[alive] = solution.gamma
         return solution._replace(gamma=gamma)
 
-    def _remember(self, batch: Batch, gamma: Tensor, calls: list[Call]) -> None:
+    def _remember(
+        self, batch: Batch, gamma: Tensor, alive: Tensor | None, calls: list[Call]
+    ) -> None:
         store = self.state.store
         if batch.found is not None:
             if batch.found.device != gamma.device:
                 batch.found = batch.found.to(gamma.device)
             batch.found[:, self.number] = gamma.float()
-        elif isinstance(store, MeanStore):
-            parts = self._split(gamma, calls) if gamma.dim() == 2 else [gamma]
-            for (x, g, _), part in zip(calls, parts, strict=False):
-                store.write(self.number, self._keys(batch, x, g), part)
+        elif isinstance(store, MeanStore) and alive is None:
+            # Per-sample keys are the same for all calls.
+            store.write(self.number, self._keys(batch, *calls[0][:2]), gamma)
+        elif isinstance(store, MeanStore) and alive is not None:
+            parts = zip(calls, self._split(gamma, calls), self._split(alive, calls), strict=True)
+            for (x, g, _), part, living in parts:
+                keys = self._keys(batch, x, g).to(living.device)
+                store.write(self.number, keys.masked_fill(~living, -1), part)
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

@@ -67,20 +67,26 @@ class LinearAdapter:
         Returns:
             Gradient with the shape of `x`.
         """
+        if x.dim() == 2 and x.stride() == (1, x.shape[0]):
+            # As autograd does for a column-major input; the other order differs in the last bit.
+            return weight.t().mm(g.t()).t()
         return g.matmul(weight)
 
-    def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Sums the outer products of output gradient and input over all positions.
+    def parameter_gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums outer products of output gradient and input over samples and positions.
 
         Args:
-            g: Output gradient.
+            g: Output gradient, weighted by `scale_rows`.
             x: Layer input.
             weight: Weight in the module's layout.
+            bias: Whether the bias gradient is wanted.
 
         Returns:
-            Gradient in the weight's layout.
+            Gradient in the weight's layout, and the bias gradient `[d_out]` or None.
         """
-        return _rows(g).t().mm(_rows(x))
+        return _rows(g).t().mm(_rows(x)), self.bias_gradient(g) if bias else None
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         """Sums the output gradient over samples and positions.
@@ -143,8 +149,10 @@ class Conv1DAdapter(LinearAdapter):
     def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return g.matmul(weight.t())
 
-    def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
-        return _rows(x).t().mm(_rows(g))
+    def parameter_gradients(  # noqa: D102
+        self, g: Tensor, x: Tensor, weight: Tensor, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return _rows(x).t().mm(_rows(g)), self.bias_gradient(g) if bias else None
 
     def from_canonical(self, matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return matrix[0].t()
@@ -181,12 +189,14 @@ class Conv2dAdapter(LinearAdapter):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def _backward(self, g: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
+    def _backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         return torch.ops.aten.convolution_backward(
             g,
             x,
             weight,
-            None,
+            [len(weight)],
             self.stride,
             self.padding,
             self.dilation,
@@ -197,10 +207,12 @@ class Conv2dAdapter(LinearAdapter):
         )
 
     def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
-        return self._backward(g, x, weight, [True, False, False])[0]
+        return self._backward(g, x, weight, (True, False, False))[0]
 
-    def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
-        return self._backward(g, x, weight, [False, True, False])[1]
+    def parameter_gradients(  # noqa: D102
+        self, g: Tensor, x: Tensor, weight: Tensor, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._backward(g, x, weight, (False, True, bias))[1:]
 
     def bias_gradient(self, g: Tensor) -> Tensor:  # noqa: D102
         return g.sum((0, 2, 3))

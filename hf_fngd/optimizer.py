@@ -111,8 +111,7 @@ class FNGD(torch.optim.Optimizer):
         """Takes all layers out of capture; the model is as it was before."""
         for module, _ in self.selection.chosen.values():
             capture.detach(module)
-        self.coefficients.flush()
-        self.coefficients.batch = None
+        self.coefficients.forget_batch()
 
     def start_epoch(self, epoch: int) -> None:
         """Enters an epoch: 0 computes coefficients, later ones reuse them (see `refresh_every`).
@@ -191,17 +190,18 @@ class FNGD(torch.optim.Optimizer):
         Raises:
             FNGDError: If loaded coefficients belong to other data.
         """
-        loaded = self._loaded_fingerprint
-        if self.config.share == "sample" and None not in (loaded, fingerprint):
-            if loaded != fingerprint:
-                raise FNGDError(
-                    f"the checkpoint's coefficients belong to other data ({loaded}, now "
-                    f"{fingerprint}): resume with the same data, or start without the checkpoint"
-                )
+        self._check_data(self._loaded_fingerprint, fingerprint)
         self._fingerprint = fingerprint
         store = self.coefficients.store
         if isinstance(store, SampleStore) and store.num_samples is None:
             store.num_samples = num_samples
+
+    def _check_data(self, loaded: str | None, present: str | None) -> None:
+        if self.config.share == "sample" and None not in (loaded, present) and loaded != present:
+            raise FNGDError(
+                f"the checkpoint's coefficients belong to other data ({loaded}, now {present}): "
+                "resume with the same data, or start without the checkpoint"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Gives the optimizer's state with the coefficients under `fngd`.
@@ -237,6 +237,7 @@ class FNGD(torch.optim.Optimizer):
                     f"the checkpoint was written with {name}={old}, this run has {name}={new}: "
                     "resume with the same settings, or start without the checkpoint"
                 )
+        self._check_data(saved["data"], self._fingerprint)
         self.coefficients.load_state_dict(saved)
         self._loaded_fingerprint = saved["data"]
         plain = {k: v for k, v in state_dict.items() if k != _STATE_KEY}

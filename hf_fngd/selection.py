@@ -133,6 +133,8 @@ def _reason(
         kind = original_type(module)
         known = [base.__name__ for base in (nn.Linear, nn.Conv2d) if issubclass(kind, base)]
         return f"a {known[0]} subclass" if known else f"not one of {_SUPPORTED}"
+    if "weight" not in module._parameters:
+        return "its weight is computed (pruned or parametrised)"
     if shared:
         return f"weight shared with {shared[0]}"
     if weight is None or not weight.requires_grad:

@@ -242,16 +242,10 @@ class MeanStore:
         keys = keys.cpu()
         return means[keys.masked_fill((keys < 0) | (keys > unseen), unseen)]
 
-    def layer_mean(self, layer: int) -> float:
-        """Gives the mean over everything collected in a layer.
-
-        Args:
-            layer: Layer number.
-
-        Returns:
-            The mean, or 1 if there is none.
-        """
-        return float(self._all_means()[layer, -1])
+    @property
+    def num_keys(self) -> int:
+        """Highest key seen, plus one."""
+        return self.total.shape[2]
 
     def _all_means(self) -> Tensor:
         """Computes the means by layer and key.

@@ -114,16 +114,15 @@ def muon_rule(
         states: Their optimizer states.
         group: Hyper-parameters.
     """
-    for grad, state in zip(grads, states, strict=True):
+    # Not always views: a channels-last weight is copied, and written back below.
+    flat = [p.reshape(len(p), -1) for p in params]
+    for matrix, state in zip(flat, states, strict=True):
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
+            state["momentum_buffer"] = torch.zeros_like(matrix)
     _muon.muon(
-        [p.view(len(p), -1) for p in params],
+        flat,
         [g.reshape(len(g), -1) for g in grads],
-        [
-            state["momentum_buffer"].view(len(p), -1)
-            for p, state in zip(params, states, strict=True)
-        ],
+        [state["momentum_buffer"] for state in states],
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         momentum=group["momentum"],
@@ -134,6 +133,9 @@ def muon_rule(
         adjust_lr_fn="match_rms_adamw" if group["update_scale"] == "rms" else "original",
         has_complex=False,
     )
+    for param, matrix in zip(params, flat, strict=True):
+        if matrix.data_ptr() != param.data_ptr():
+            param.copy_(matrix.view_as(param))
 
 
 RULES: dict[str, Rule] = {"sgd": sgd_rule, "adamw": adamw_rule, "muon": muon_rule}

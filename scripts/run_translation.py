@@ -107,7 +107,11 @@ def parse() -> tuple[ModelArguments, DataArguments, Seq2SeqTrainingArguments]:
 
 
 def main() -> None:
-    """Trains, translates and reports."""
+    """Trains, translates and reports.
+
+    Raises:
+        InputError: If the data cannot be used.
+    """
     model_args, data_args, args = parse()
     if args.should_log:
         transformers.utils.logging.set_verbosity_warning()

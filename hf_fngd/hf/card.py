@@ -114,26 +114,29 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         Path of the card.
     """
     path = folder / "README.md"
-    data = card_data(facts).to_dict()
+    data = card_data(facts)
     section = f"{_BEGIN}\n{_section(facts)}\n{_END}"
     text = f"# {facts.model_name}\n\n{section}\n"
     if path.exists():
         old = ModelCard.load(path, ignore_metadata_errors=True)
+        data = _complete(old.data, data)
         text = _insert(old.text, section)
-        kept = old.data.to_dict()
-        ours = ("model-index", "tags")
-        data = {**data, **{key: value for key, value in kept.items() if key not in ours}}
-        data["tags"] = list(dict.fromkeys([*(kept.get("tags") or []), *data["tags"]]))
-        if "model-index" not in data and "model-index" in kept:
-            data["model-index"] = kept["model-index"]
-    header = ModelCardData(**{k: v for k, v in data.items() if k != "model-index"}).to_dict()
-    if "model-index" in data:
-        header["model-index"] = data["model-index"]
-    from yaml import safe_dump
-
-    block = safe_dump(header, sort_keys=False, allow_unicode=True).strip()
-    path.write_text(f"---\n{block}\n---\n\n{text.lstrip()}", encoding="utf-8")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}").save(path)
     return path
+
+
+def _complete(old: ModelCardData, new: ModelCardData) -> ModelCardData:
+    """Adds our metadata to a card's: results are ours, tags are joined, the rest stays.
+
+    Returns:
+        The card's metadata, changed.
+    """
+    for key, value in vars(new).items():
+        if key == "tags":
+            old.tags = list(dict.fromkeys([*(old.tags or []), *value]))
+        elif value is not None and (key in ("eval_results", "model_name") or not old.get(key)):
+            setattr(old, key, value)
+    return old
 
 
 def _is_hub_id(name: str | None) -> bool:

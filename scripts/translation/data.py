@@ -37,6 +37,9 @@ class DataArguments:
     test_file: str | None = field(
         default=None, metadata={"help": "Like train_file; translated once, at the end."}
     )
+    dataset_label: str | None = field(
+        default=None, metadata={"help": "What the model card calls the data."}
+    )
     source_prefix: str = field(
         default="", metadata={"help": "Put before every source sentence (T5)."}
     )
@@ -56,8 +59,10 @@ class DataArguments:
         """Names the data for the model card.
 
         Returns:
-            Hub id, or names of the local files.
+            The label, the Hub id, or the name of the local file.
         """
+        if self.dataset_label:
+            return self.dataset_label
         if self.dataset_name:
             return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
         return Path(self.train_file or self.validation_file or self.test_file or "").name

@@ -59,6 +59,14 @@ class ComputeMetrics:
         self.predictions: list[str] = []
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Scores one evaluation.
+
+        Args:
+            prediction: Generated tokens.
+
+        Returns:
+            BLEU and chrF.
+        """
         tokens = prediction.predictions
         self.predictions = decode(
             self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens

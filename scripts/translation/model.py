@@ -57,6 +57,7 @@ def load_model(
 
     Raises:
         InputError: If there is no such model, or it has no sequence-to-sequence head.
+        ValueError: As transformers raises it for any other reason.
     """
     if args.model_name_or_path is None:
         tokenizer = train_tokenizer(sentences, args.vocab_size, languages)
@@ -72,7 +73,7 @@ def load_model(
         if "Unrecognized configuration class" not in str(error):
             raise
         raise InputError(
-            f"{name!r} has no sequence-to-sequence head: choose a translation model such as Marian, "
+            f"{name!r} has no sequence-to-sequence head: choose a translation model, as Marian, "
             "T5, BART or mBART"
         ) from None
     for setting, language in zip(("src_lang", "tgt_lang"), languages, strict=True):

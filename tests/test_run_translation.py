@@ -1,0 +1,263 @@
+"""scripts/run_translation.py from files to translations, and its errors in one line each."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig, BertModel
+
+from tests.test_runner import ROOT
+
+SCRIPT = ROOT / "scripts" / "run_translation.py"
+SAMPLE = ROOT / "scripts" / "data" / "tatoeba"
+TINY = {
+    "vocab_size": 200,
+    "d_model": 16,
+    "ffn_dim": 32,
+    "layers": 1,
+    "attention_heads": 2,
+    "max_source_length": 16,
+    "max_target_length": 16,
+    "num_beams": 1,
+}
+
+
+def pairs(count, start=0):
+    lines = (SAMPLE / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[start : start + count]) + "\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Training, validation and test files of a few sentences."""
+    for name, count, start in (("train", 48, 0), ("validation", 6, 48), ("test", 6, 54)):
+        (tmp_path / f"{name}.jsonl").write_text(pairs(count, start), encoding="utf-8")
+    return tmp_path
+
+
+def options(folder, **changes):
+    settings = {
+        "train_file": folder / "train.jsonl",
+        "validation_file": folder / "validation.jsonl",
+        "test_file": folder / "test.jsonl",
+        "source_lang": "en",
+        "target_lang": "de",
+        "output_dir": folder / "out",
+        "do_train": True,
+        "do_eval": True,
+        "do_predict": True,
+        "optim": "fngd",
+        "optim_args": "damping=0.1,share=sample,update_scale=rms",
+        "learning_rate": 3e-3,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 16,
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        **TINY,
+        **changes,
+    }
+    flat = []
+    for name, value in settings.items():
+        if value is not None and value is not False:
+            flat += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return flat
+
+
+def run(*arguments, cwd=ROOT):
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def test_whole_job_and_everything_it_leaves(files):
+    out = run(*options(files, dataset_label="ten sentences"))
+    assert out.returncode == 0, out.stderr
+    folder = files / "out"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert 0 <= found["test"]["bleu"] <= 100
+    assert found["test"]["bleu_signature"].startswith("nrefs:1|case:mixed")
+    assert found["test"]["bleu_signature"] in out.stdout
+    assert found["settings"]["training"]["optim"] == "fngd"
+    assert found["fngd"]["config"]["update_scale"] == "rms"
+    assert str(SCRIPT) in found["environment"]["command"]
+    losses = [e["loss"] for e in found["history"] if "loss" in e]
+    assert len(losses) == 6
+    rates = [e["fngd/reuse_rate"] for e in found["history"] if "fngd/reuse_rate" in e]
+    assert rates and set(rates) == {1.0}
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    expected = [json.loads(line)["translation"] for line in pairs(6, 54).splitlines()]
+    assert [(r["source"], r["reference"]) for r in rows] == [(e["en"], e["de"]) for e in expected]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert f"value: {found['test']['bleu']:.4g}"[:9] in card and "ten sentences" in card
+    for name in ("metrics.json", "predictions.jsonl", "curves.png", "README.md"):
+        assert str(folder / name) in out.stdout
+    # The saved model translates as the script did.
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    sources = [r["source"] for r in rows]
+    inputs = tokenizer(sources, return_tensors="pt", padding=True, max_length=16, truncation=True)
+    with torch.no_grad():
+        tokens = model.generate(**inputs, max_length=16, num_beams=1)
+    again = [t.strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    assert again == [r["prediction"] for r in rows]
+
+
+def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
+    first = run(*options(files, num_train_epochs=1, eval_strategy="no", do_predict=False))
+    assert first.returncode == 0, first.stderr
+    packed = files / "train.jsonl.gz"
+    packed.write_bytes(gzip.compress(pairs(32).encode()))
+    shape = dict.fromkeys(["vocab_size", "d_model", "ffn_dim", "layers", "attention_heads"])
+    changes = {
+        "model_name_or_path": files / "out",
+        "train_file": packed,
+        "optim": "adamw_torch",
+        "optim_args": None,
+        "num_train_epochs": 1,
+        "gradient_accumulation_steps": 2,
+        "output_dir": files / "second",
+    }
+    second = run(*options(files, **shape, **changes))
+    assert second.returncode == 0, second.stderr
+    assert "MarianForCausalLM" not in second.stderr
+    assert "ignores num_items_in_batch" in second.stderr
+    card = (files / "second" / "README.md").read_text()
+    assert "natural-gradient" not in card and "fine-tuned from a local checkpoint" in card
+    assert "base_model" not in card
+
+
+def test_settings_from_a_json_file(files):
+    settings = {"source_lang": "en", "target_lang": "de", "output_dir": str(files / "out")}
+    test_only = {"test_file": str(files / "test.jsonl"), "do_predict": True, "report_to": "none"}
+    path = files / "settings.json"
+    path.write_text(json.dumps({**TINY, **settings, **test_only}))
+    out = run(path)
+    assert out.returncode == 0, out.stderr
+    assert (files / "out" / "predictions.jsonl").exists()
+
+
+def test_help_reads_well():
+    out = run("--help")
+    assert out.returncode == 0
+    for text in ("--source_lang", "fngd_adamw", "Hub id or local folder", "metrics.json"):
+        assert text in out.stdout
+
+
+def broken(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+BAD = {
+    "missing file": (
+        lambda f: {"train_file": f / "none.jsonl"},
+        "there is no file .*check the path",
+    ),
+    "empty file": (lambda f: {"train_file": broken(f, "e.jsonl", "")}, "is empty: give a file"),
+    "no JSON": (lambda f: {"train_file": broken(f, "x.jsonl", "one\ntwo\n")}, "is not JSON lines"),
+    "other kind of file": (lambda f: {"train_file": broken(f, "x.csv", "a,b\n")}, "is no .json"),
+    "no translation column": (
+        lambda f: {"train_file": broken(f, "x.jsonl", '{"en": "a", "de": "b"}\n')},
+        "no `translation`: rows must look like",
+    ),
+    "wrong language": (
+        lambda f: {"target_lang": "fr"},
+        "row 0 of the train set has no 'fr' .it has: .*check --target_lang",
+    ),
+    "row without text": (
+        lambda f: {
+            "train_file": broken(
+                f, "x.jsonl", pairs(3) + '{"translation": {"en": "a", "de": " "}}\n'
+            )
+        },
+        "row 3 of the train set has no text under 'de'",
+    ),
+    "row with null": (
+        lambda f: {
+            "validation_file": broken(
+                f, "x.jsonl", pairs(1) + '{"translation": {"en": null, "de": "b"}}\n'
+            )
+        },
+        "row 1 of the validation set has no text under 'en'",
+    ),
+    "no rows left": (lambda f: {"max_train_samples": 0}, "the train set has no rows"),
+    "no training data": (
+        lambda f: {"train_file": None},
+        "--do_train needs training pairs: give --train_file",
+    ),
+    "no such data set": (
+        lambda f: {"dataset_name": "nobody/nothing", "train_file": None},
+        "cannot load the data set 'nobody/nothing'",
+    ),
+    "no such model": (
+        lambda f: {"model_name_or_path": f / "no-model"},
+        "cannot load --model_name_or_path",
+    ),
+    "unknown optim_args": (lambda f: {"optim_args": "dampnig=1"}, "did you mean 'damping'"),
+    "damping zero": (lambda f: {"optim_args": "damping=0"}, "damping must be .*above 0, not 0"),
+    "damping no number": (lambda f: {"optim_args": "damping=x"}, "damping='x' is not a float"),
+    "no layer": (lambda f: {"optim_target_modules": "none"}, "no layer matches .*can be chosen"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(case, files):
+    changes, message = BAD[case]
+    kept = files / "out" / "metrics.json"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    out = run(*options(files, **changes(files)))
+    assert out.returncode == 2, out.stderr
+    last = out.stderr.strip().splitlines()[-1]
+    assert last.startswith("run_translation: ") and "Traceback" not in out.stderr
+    assert re.search(message, last), last
+    assert kept.read_text() == "mine"
+    assert [p.name for p in kept.parent.iterdir()] == ["metrics.json"]
+
+
+def test_model_without_a_sequence_to_sequence_head(files):
+    folder = files / "bert"
+    first = options(files, num_train_epochs=1, eval_strategy="no", do_predict=False, do_eval=False)
+    assert run(*first).returncode == 0
+    # Its tokenizer, with an encoder beside it.
+    AutoTokenizer.from_pretrained(files / "out").save_pretrained(folder)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=70, intermediate_size=8, **size)).save_pretrained(folder)
+    out = run(*options(files, model_name_or_path=folder))
+    assert out.returncode == 2
+    assert "has no sequence-to-sequence head: choose" in out.stderr.strip().splitlines()[-1]
+
+
+def test_resume_with_other_data_or_settings_is_refused(files):
+    saving = {"save_strategy": "epoch", "do_predict": False, "do_eval": False}
+    quiet = {"eval_strategy": "no", "num_train_epochs": 1, "model_name_or_path": None}
+    first = run(*options(files, **saving, **quiet))
+    assert first.returncode == 0, first.stderr
+    again = {**saving, "eval_strategy": "no", "num_train_epochs": 2}
+    checkpoint = {"resume_from_checkpoint": files / "out" / "checkpoint-3"}
+    out = run(*options(files, **again, **checkpoint, optim_args="damping=0.5,update_scale=rms"))
+    assert out.returncode == 2
+    assert "was written with damping=0.1, this run has damping=0.5" in out.stderr
+    other = broken(files, "other.jsonl", pairs(48, start=100))
+    shared = {"vocab_size": 200}
+    out = run(*options(files, **{**again, **checkpoint, **shared, "train_file": other}))
+    assert out.returncode == 2, out.stderr
+    assert "run_translation: the checkpoint's coefficients belong to other data" in out.stderr
