@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_fngd import coefficients, gram
-from hf_fngd.capture import Call, Pass, in_backward
+from hf_fngd.capture import Pass, in_backward
 from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
-from hf_fngd.layers import LinearAdapter
+from hf_fngd.mean_store import MeanStore
+from hf_fngd.sample_store import SampleStore
 from hf_fngd.statistics import Statistics
-from hf_fngd.store import MeanStore, SampleStore
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +129,7 @@ class FNGDState:
         size = None if sample_ids is None else len(sample_ids)
         if size is None and isinstance(labels, Tensor):
             size = len(labels)
+        self._close()
         self.batch = batch = Batch(size, labels, self.collecting)
         if isinstance(self.store, SampleStore):
             assert sample_ids is not None
@@ -167,6 +165,7 @@ class FNGDState:
         if batch is None or (not batch.announced and batch.used and not in_backward()):
             if self.config.share in ("sample", "label"):
                 self.set_batch(None, None)
+            self._close()
             self.batch = batch = Batch(None, None, self.collecting)
         if batch.size is None:
             batch.size, batch.first_layer = rows, name
@@ -203,8 +202,14 @@ class FNGDState:
     def forget_batch(self) -> None:
         """Writes what was found, and forgets the batches announced so far."""
         self.flush()
+        self._close()
         self.batch = None
         self._unwritten.clear()
+
+    def _close(self) -> None:
+        # A forward pass without a backward would otherwise keep itself alive by its gates.
+        if self.batch is not None:
+            self.batch.gates.clear()
 
     def flush(self) -> None:
         """Writes the coefficients that backward passes have found so far to the store."""
@@ -249,205 +254,3 @@ class FNGDState:
         if self.store is not None:
             self.store.load_state_dict(saved["store"])
         self.epoch, self.steps, self.batch = saved["epoch"], saved["steps"], None
-
-
-class LayerState:
-    """FNGD's side of the capture of one layer: looks coefficients up, or computes them.
-
-    Args:
-        state: The run's state.
-        number: Number of the layer.
-        adapter: Adapter of the layer's type.
-    """
-
-    def __init__(self, state: FNGDState, number: int, adapter: LinearAdapter) -> None:
-        self.state, self.number, self.adapter = state, number, adapter
-        self.name = state.names[number]
-
-    def begin(self, rows: int) -> Batch | None:
-        """Gives the pass that a call belongs to; see `FNGDState.current`.
-
-        Args:
-            rows: First dimension of the input.
-
-        Returns:
-            The batch, or None to leave the call alone.
-        """
-        return self.state.current(rows, self.name)
-
-    def weights(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
-        """Looks up γ for one call.
-
-        Args:
-            batch: The pass.
-            x: Layer input.
-            g: Output gradient.
-
-        Returns:
-            γ as `[N]`, or `[N, T]` for fisher_unit=token.
-        """
-        batch.used = True
-        if batch.known is not None:
-            if batch.known.device != g.device:
-                batch.known = batch.known.to(g.device, non_blocking=True)
-            return batch.known[:, self.number]
-        store = self.state.store
-        assert isinstance(store, MeanStore)
-        gamma = store.read(self.number, self._keys(batch, x, g)).to(g.device)
-        if self.state.config.share == "position" and len(gamma) < store.num_keys:
-            # A short last batch gets the mean step of a full one, within bounds.
-            full = store.read(self.number, torch.arange(store.num_keys)).mean().to(gamma.device)
-            short = gamma.mean()
-            gamma = gamma * torch.where(short > 0, full / short, 1.0).clamp(0.5, 2.0)
-        return gamma
-
-    def _keys(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
-        n = x.shape[0]
-        share = self.state.config.share
-        if share == "layer":
-            return torch.zeros(n, dtype=torch.long)
-        if share == "position":
-            return torch.arange(n)
-        labels = batch.labels
-        if isinstance(labels, Mapping):
-            matches = (v for pattern, v in labels.items() if re.search(pattern, self.name))
-            labels = next(matches, None)
-        per_token = self.state.config.fisher_unit == "token"
-        positions = self.adapter.positions(g)
-        wanted = (n, positions) if per_token and positions > 1 else (n,)
-        if labels is None or (*labels.shape,) not in (wanted, (n,)):
-            shape = None if labels is None else (*labels.shape,)
-            raise FNGDError(
-                f"share=label: {self.name} needs labels of shape {wanted} and got {shape}: "
-                "give set_batch(labels={regular expression: labels}), one for each kind of layer"
-            )
-        if per_token and labels.dim() == 1:
-            labels = labels.unsqueeze(1).expand(n, positions)
-        return labels
-
-    def compute(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
-        """Computes γ from all calls of one forward, stores it, and gives the weighted gradients.
-
-        Args:
-            batch: The pass.
-            calls: Input, output gradient and weight of every call.
-            bias: Whether the bias takes part.
-
-        Returns:
-            Weight gradient, and bias gradient or None.
-        """
-        batch.used = True
-        adapter = self.adapter
-        if self.number in batch.computed:
-            self.state.warn_once(
-                self.name,
-                "had two backward passes for one batch, each with coefficients of its own; where "
-                "checkpointed blocks share it, set use_reentrant=False",
-            )
-        batch.computed.add(self.number)
-        with self.state.statistics.timer(calls[0][0].device):
-            gamma, per_sample = self._solve(batch, calls, bias)
-        parts = self._split(gamma, calls)
-        scaled = [adapter.scale_rows(g, part) for (_, g, _), part in zip(calls, parts, strict=True)]
-        if per_sample is not None:
-            matrix = torch.einsum("n,gnoi->goi", gamma.to(per_sample.dtype), per_sample)
-            grad_weight = adapter.from_canonical(matrix, calls[0][2])
-            return grad_weight, _total(map(adapter.bias_gradient, scaled)) if bias else None
-        weights, biases = zip(
-            *(
-                adapter.parameter_gradients(g, x, weight, bias)
-                for (x, _, weight), g in zip(calls, scaled, strict=True)
-            ),
-            strict=True,
-        )
-        return _total(weights), _total(biases) if bias else None
-
-    def _split(self, gamma: Tensor, calls: list[Call]) -> Sequence[Tensor]:
-        """Gives every call its part of γ.
-
-        Returns:
-            γ of each call.
-        """
-        if gamma.dim() < 2:
-            return [gamma] * len(calls)
-        return gamma.split([self.adapter.positions(g) for _, g, _ in calls], dim=1)
-
-    def _solve(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
-        config, state = self.state.config, self.state
-        parts = [self.adapter.canonical(x, g) for x, g, _ in calls]
-        a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-        if a.dtype in (torch.float16, torch.bfloat16):
-            a, g = a.float(), g.float()
-        _, n, t, _ = a.shape
-        memory = config.gram_memory_mb * 2**20
-        kappa = n * state.accumulation
-        per_sample = None
-        if config.fisher_unit == "sample":
-            route = config.gram_route
-            matrix, per_sample = gram.sample_gram(a, g, bias=bias, route=route, memory_bytes=memory)
-            solution = coefficients.solve(
-                matrix, damping=config.damping, mode=config.damping_mode, kappa=kappa
-            )
-            gamma = solution.gamma
-            alive = None
-        else:
-            norms = gram.token_norms(a, g, bias=bias)
-            # Padding has no gradient: it is no sample and no landmark.
-            alive = norms > 0
-            solution = self._solve_tokens(a, g, bias, norms, kappa * t)
-            gamma, alive = solution.gamma.view(n, t), alive.view(n, t)
-        state.statistics.count_solution(gamma, solution)
-        if solution.finite:
-            self._remember(batch, gamma, alive, calls)
-        return gamma, per_sample
-
-    def _solve_tokens(
-        self, a: Tensor, g: Tensor, bias: bool, norms: Tensor, kappa: float
-    ) -> coefficients.Solution:
-        config, state = self.state.config, self.state
-        alive = norms.nonzero().squeeze(1)
-        count = max(1, len(alive))
-        options: dict[str, Any] = {
-            "damping": config.damping,
-            "mode": config.damping_mode,
-            "kappa": kappa * count / len(norms),
-        }
-        exact = config.gram_route == "exact" or (
-            config.gram_route == "auto" and len(alive) <= 2 * config.num_landmarks
-        )
-        groups = len(a)
-        a, g = a.reshape(groups, -1, 1, a.shape[-1]), g.reshape(groups, -1, 1, g.shape[-1])
-        a, g = a[:, alive], g[:, alive]
-        if exact or len(alive) == 0:
-            solution = coefficients.solve(gram.token_gram(a, g, a, g, bias=bias), **options)
-        else:
-            seed = (config.seed * 1_000_003 + state.steps) * 1_000_003 + self.number
-            generator = torch.Generator().manual_seed(seed % 2**63)
-            chosen = torch.randperm(len(alive), generator=generator)[: config.num_landmarks]
-            chosen = chosen.to(a.device)
-            columns = gram.token_gram(a, g, a[:, chosen], g[:, chosen], bias=bias)
-            solution = coefficients.solve_nystrom(columns, chosen, norms.sum(), count, **options)
-        gamma = torch.ones_like(norms)
-        gamma[alive] = solution.gamma
-        return solution._replace(gamma=gamma)
-
-    def _remember(
-        self, batch: Batch, gamma: Tensor, alive: Tensor | None, calls: list[Call]
-    ) -> None:
-        store = self.state.store
-        if batch.found is not None:
-            if batch.found.device != gamma.device:
-                batch.found = batch.found.to(gamma.device)
-            batch.found[:, self.number] = gamma.float()
-        elif isinstance(store, MeanStore) and alive is None:
-            # Per-sample keys are the same for all calls.
-            store.write(self.number, self._keys(batch, *calls[0][:2]), gamma)
-        elif isinstance(store, MeanStore) and alive is not None:
-            parts = zip(calls, self._split(gamma, calls), self._split(alive, calls), strict=True)
-            for (x, g, _), part, living in parts:
-                keys = self._keys(batch, x, g).to(living.device)
-                store.write(self.number, keys.masked_fill(~living, -1), part)
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, parts)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from hf_fngd import capture
 from hf_fngd.config import RESUME_FIELDS, FNGDConfig
 from hf_fngd.errors import FNGDError
-from hf_fngd.fngd import FNGDState, Labels, LayerState
+from hf_fngd.fngd import FNGDState, Labels
+from hf_fngd.sample_store import SampleStore
 from hf_fngd.selection import select_layers
-from hf_fngd.store import SampleStore
 from hf_fngd.update_rules import apply_rule
+from hf_fngd.weighting import LayerState
 
 _STATE_KEY = "fngd"
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import transformers
+from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
@@ -45,11 +46,18 @@ LIMITS = [
 ]
 
 
-class FNGDTranslator(CardMixin, FNGDSeq2SeqTrainer):
+class InOrderMixin(Seq2SeqTrainer):
+    """Evaluates in the order of the data, also under group_by_length: references have no ids."""
+
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> SequentialSampler | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+class FNGDTranslator(InOrderMixin, CardMixin, FNGDSeq2SeqTrainer):
     """The Trainer for `--optim fngd…`."""
 
 
-class BaselineTranslator(CardMixin, LossScaleMixin, Seq2SeqTrainer):
+class BaselineTranslator(InOrderMixin, CardMixin, LossScaleMixin, Seq2SeqTrainer):
     """The Trainer for every other optimizer, with the same correction of the loss scale."""
 
 
@@ -127,7 +135,7 @@ def main() -> None:
     args.generation_max_length = args.generation_max_length or data_args.max_target_length
     metrics = ComputeMetrics(tokenizer)
     if "validation" in pairs:
-        metrics.references = pairs["validation"]["target"]
+        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
     kind = FNGDTranslator if str(args.optim).startswith("fngd") else BaselineTranslator
     trainer = kind(
         model=model,
@@ -147,7 +155,7 @@ def main() -> None:
     if args.do_eval and "validation" in tokens:
         found["validation"] = trainer.evaluate(num_beams=model_args.num_beams)
     if args.do_predict and "test" in tokens:
-        metrics.references = pairs["test"]["target"]
+        metrics.expect(pairs["test"]["target"], tokens["test"]["labels"])
         output = trainer.predict(
             tokens["test"], metric_key_prefix="test", num_beams=model_args.num_beams
         )

@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-PAD, VOCAB = 59, 60
+EOS, PAD, VOCAB = 0, 59, 60
 
 
 def tiny_marian(**changes: Any) -> MarianMTModel:

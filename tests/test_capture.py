@@ -7,6 +7,7 @@ import gc
 import io
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -629,3 +630,16 @@ def test_input_by_keyword(phase: str, model: nn.Module, name: str) -> None:
     expected = model(**{name: x})
     attach(model, phase)
     assert torch.equal(model(**{name: x}), expected)
+
+
+def test_forward_without_backward_is_not_kept_alive() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = create_fngd_optimizer(model, lr=0.1, share="none")
+    seen = []
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        model(x)
+        seen.append(weakref.ref(x))
+        del x
+        optimizer.step()
+    assert not any(reference() is not None for reference in seen)

@@ -12,7 +12,7 @@ from hf_fngd.hf.samples import (
     fingerprint,
     with_index,
 )
-from tests.hf_utils import PAD, pad_collator, tiny_marian, token_pairs
+from tests.hf_utils import EOS, PAD, pad_collator, tiny_marian, token_pairs
 
 
 def ids_of(data, rows, **changes):
@@ -62,6 +62,23 @@ def test_hash_without_labels_uses_decoder_inputs():
     assert content_ids(inputs, PAD) == content_ids({**inputs, "decoder_input_ids": wide}, PAD)
     other = content_ids({**inputs, "decoder_input_ids": shifted.flip(0)}, PAD)
     assert content_ids(inputs, PAD) != other
+
+
+def test_hash_of_shifted_labels_does_not_depend_on_the_longest_row():
+    """Under label smoothing the model gets no labels, and the longest row loses its last token."""
+    model, data = tiny_marian(), token_pairs(40)
+
+    def smoothed(rows):
+        batch = pad_collator([{**data[i], "labels": [*data[i]["labels"], EOS]} for i in rows])
+        labels = batch.pop("labels")
+        return {
+            **batch,
+            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
+        }
+
+    alone = [content_ids(smoothed([i]), PAD, EOS)[0] for i in range(40)]
+    assert content_ids(smoothed(range(40)), PAD, EOS) == alone
+    assert len(set(alone)) == 40
 
 
 def test_hash_of_images():

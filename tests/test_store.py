@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_fngd import FNGDError
-from hf_fngd.store import MeanStore, SampleStore
+from hf_fngd.mean_store import MeanStore
+from hf_fngd.sample_store import SampleStore
 
 LAYERS = 3
 NAMES = {
@@ -194,7 +195,6 @@ def check(store: MeanStore, seen: dict[tuple[int, int], list[float]]) -> None:
         found = store.read(layer, keys)
         assert found.dtype is torch.float32
         torch.testing.assert_close(found, torch.tensor(expected).view(2, 22))
-        assert store.layer_mean(layer) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("merged", [False, True])

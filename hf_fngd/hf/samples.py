@@ -128,12 +128,15 @@ def fingerprint(dataset: Any) -> str:
 # ---- content hash ----------------------------------------------------------------------------
 
 
-def content_ids(inputs: Mapping[str, Any], pad_token_id: int | None = None) -> list[int]:
+def content_ids(
+    inputs: Mapping[str, Any], pad_token_id: int | None = None, eos_token_id: int = -1
+) -> list[int]:
     """Identifies samples by their tokens (or pixels) and labels, whatever the padding.
 
     Args:
         inputs: The model's inputs.
         pad_token_id: Padding of `decoder_input_ids`, which have no mask.
+        eos_token_id: End token of the labels that these were shifted from.
 
     Returns:
         A 64-bit integer for each row. Anything random in the inputs (augmentation, masking) makes
@@ -152,7 +155,8 @@ def content_ids(inputs: Mapping[str, Any], pad_token_id: int | None = None) -> l
         elif key == "labels":
             mask = values != -100
         elif key == "decoder_input_ids" and pad_token_id is not None:
-            mask = values != pad_token_id
+            # Shifted labels: the longest row of a batch has lost its last token, the end token.
+            mask = (values != pad_token_id) & (values != eos_token_id)
         rank = mask.cumsum(1)
         mixed = _mix(_mix(values + salt + 1) + rank * _MIX[0]) * mask
         total = mixed.sum(1) if total is None else _mix(total) + mixed.sum(1)
@@ -201,7 +205,11 @@ def announce(
         return
     ids: Sequence[int] = range(size) if rows is None else rows
     if optimizer.config.share == "sample" and rows is None:
-        ids = content_ids(inputs, getattr(model.config, "pad_token_id", None))
+        config = getattr(model, "config", None)
+        eos = getattr(config, "eos_token_id", None)
+        ids = content_ids(
+            inputs, getattr(config, "pad_token_id", None), eos if isinstance(eos, int) else -1
+        )
     labels = batch_labels(model, inputs) if optimizer.config.share == "label" else None
     optimizer.set_batch(ids, labels)
 
@@ -221,7 +229,7 @@ def batch_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | dict[s
     if labels is None or labels.dim() == 1:
         return labels
     source = inputs.get("input_ids")
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         mapping = {_CROSS_SOURCE: source, r"(^|\.)decoder\.": labels, "": source}
         return {pattern: ids for pattern, ids in mapping.items() if ids is not None}
     if source is not None and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):

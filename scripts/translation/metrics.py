@@ -46,8 +46,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
 class ComputeMetrics:
     """What the Trainer calls with generated tokens; keeps the last texts.
 
-    `references` must be set before each evaluation: the Trainer does not say which set it scores,
-    and decoding the labels would lose what the vocabulary cannot write.
+    The references are the texts as they stand in the data: decoding the labels would lose what the
+    vocabulary cannot write.
 
     Args:
         tokenizer: The tokenizer.
@@ -57,17 +57,32 @@ class ComputeMetrics:
         self.tokenizer = tokenizer
         self.references: Sequence[str] = []
         self.predictions: list[str] = []
+        self._labels: list[list[int]] = []
+
+    def expect(self, references: Sequence[str], labels: Sequence[list[int]]) -> None:
+        """Says what the next evaluations score, since the Trainer does not.
+
+        Args:
+            references: Reference translations, in the order of the data.
+            labels: Their tokens.
+        """
+        self.references, self._labels = references, list(labels)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """Scores one evaluation.
 
         Args:
-            prediction: Generated tokens.
+            prediction: Generated tokens, and the labels.
 
         Returns:
             BLEU and chrF.
+
+        Raises:
+            RuntimeError: If the rows come in another order than the references.
         """
-        tokens = prediction.predictions
+        tokens, labels = prediction.predictions, np.asarray(prediction.label_ids)
+        if [row[row != -100].tolist() for row in labels] != self._labels:
+            raise RuntimeError("the Trainer evaluates in another order than that of the data")
         self.predictions = decode(
             self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens
         )

@@ -1,8 +1,4 @@
-"""What is remembered of the coefficients from the epochs in which they are computed.
-
-Both stores live on the CPU or where they were filled, hold tensors and builtins only, and merge
-across the ranks of a `torch.distributed` job. NaN marks what was never collected.
-"""
+"""Coefficients kept for each data set row, from the epochs in which they are computed."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_fngd.errors import FNGDError
+from hf_fngd.ranks import gather
 
 _GROWTH = 1.25
 _MIN_ROWS = 256
@@ -38,6 +34,7 @@ class SampleStore:
         self.rows: dict[int, int] | None = None
         self.known = torch.zeros(0, dtype=torch.bool)
         self.dirty = torch.zeros(0, dtype=torch.bool)
+        self._means: Tensor | None = None
 
     def locate(self, ids: Sequence[int], *, create: bool) -> Tensor:
         """Finds the table rows of sample ids.
@@ -106,8 +103,9 @@ class SampleStore:
         values[rows < 0] = torch.nan
         missing = values.isnan()
         if missing.any():
-            means = self.table.float().nanmean(0).nan_to_num(1.0)
-            values = torch.where(missing, means, values)
+            if self._means is None:
+                self._means = self.table.float().nanmean(0).nan_to_num(1.0)
+            values = torch.where(missing, self._means, values)
         return values
 
     def write(self, rows: Tensor, values: Tensor) -> None:
@@ -118,6 +116,7 @@ class SampleStore:
             values: Matrix `[N, layers]`; NaN entries leave what is stored.
         """
         keep = rows >= 0
+        self._means = None
         rows, values = rows[keep], values[keep].to(self.table)
         old = self.table[rows]
         self.table[rows] = torch.where(values.isnan(), old, values)
@@ -127,14 +126,10 @@ class SampleStore:
 
     def merge(self) -> None:
         """Makes the store equal on all ranks; of a row seen by several, the mean is kept."""
-        if not _distributed():
-            self.dirty.zero_()
-            return
         mine = self.dirty.nonzero().squeeze(1)
         names = {row: i for i, row in self.rows.items()} if self.rows is not None else None
         ids = mine.tolist() if names is None else [names[row] for row in mine.tolist()]
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (ids, self.table[mine]))
+        parts = gather((ids, self.table[mine])) or []
         sums: dict[int, list[Tensor]] = {}
         for part_ids, part in parts:
             for position, i in enumerate(part_ids):
@@ -176,128 +171,10 @@ class SampleStore:
                 f"the checkpoint's coefficients belong to a data set of {saved} rows, this one has "
                 f"{self.num_samples}: resume with the same data, or start without the checkpoint"
             )
+        self._means = None
         self.num_samples = self.num_samples or saved
         self.table = state["table"].cpu().clone()
         self.known = state["known"].cpu().clone()
         ids = state["ids"]
         self.rows = None if ids is None else {i: row for row, i in enumerate(ids.tolist())}
         self.dirty = state["dirty"].cpu().clone()
-
-
-class MeanStore:
-    """The mean of all coefficients collected under one key, for each layer.
-
-    Keys are labels or token ids, places in the batch, or 0 for one number a layer.
-
-    Args:
-        num_layers: Number of selected layers.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        # Sum and count; `local` is what this rank collected since the last merge.
-        self.total = torch.zeros(2, num_layers, 0, dtype=torch.float64)
-        self.local = self.total.clone()
-        self._means: Tensor | None = None
-
-    def reset(self) -> None:
-        """Forgets everything, before coefficients are collected anew."""
-        self.total = torch.zeros_like(self.total)
-        self.local = torch.zeros_like(self.local)
-        self._means = None
-
-    def _grow(self, keys: int) -> None:
-        missing = keys - self.total.shape[2]
-        if missing > 0:
-            self.total = torch.nn.functional.pad(self.total, (0, missing))
-            self.local = torch.nn.functional.pad(self.local, (0, missing))
-
-    def write(self, layer: int, keys: Tensor, gamma: Tensor) -> None:
-        """Adds coefficients to their keys' means.
-
-        Args:
-            layer: Layer number.
-            keys: Keys of any shape; negative ones (padding) are skipped.
-            gamma: Coefficients of the same shape.
-        """
-        keys, gamma = keys.flatten().cpu(), gamma.flatten().double().cpu()
-        keys, gamma = keys[keys >= 0], gamma[keys >= 0]
-        if len(keys):
-            self._grow(int(keys.max()) + 1)
-            self.local[0, layer].index_add_(0, keys, gamma)
-            self.local[1, layer].index_add_(0, keys, torch.ones_like(gamma))
-            self._means = None
-
-    def read(self, layer: int, keys: Tensor) -> Tensor:
-        """Looks up the means of keys.
-
-        Args:
-            layer: Layer number.
-            keys: Keys of any shape.
-
-        Returns:
-            float32 coefficients in the shape of `keys`; a key never seen has the layer's mean.
-        """
-        means = self._all_means()[layer]
-        unseen = len(means) - 1
-        keys = keys.cpu()
-        return means[keys.masked_fill((keys < 0) | (keys > unseen), unseen)]
-
-    @property
-    def num_keys(self) -> int:
-        """Highest key seen, plus one."""
-        return self.total.shape[2]
-
-    def _all_means(self) -> Tensor:
-        """Computes the means by layer and key.
-
-        Returns:
-            Matrix `[layers, keys + 1]`, the last column for keys never seen.
-        """
-        if self._means is None:
-            sums, counts = self.total + self.local
-            mean = (sums.sum(1) / counts.sum(1)).nan_to_num(1.0).unsqueeze(1)
-            means = torch.where(counts > 0, sums / counts.clamp(min=1), mean)
-            self._means = torch.cat([means, mean], 1).float()
-        return self._means
-
-    def count_known(self) -> int:
-        """Counts the keys for which something was collected.
-
-        Returns:
-            How many are known in any layer.
-        """
-        return int(((self.total + self.local)[1] > 0).any(0).sum())
-
-    def merge(self) -> None:
-        """Makes the store equal on all ranks: sums and counts are added."""
-        if not _distributed():
-            return
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self.local)
-        self._grow(max(part.shape[2] for part in parts))
-        for part in parts:
-            self.total[:, :, : part.shape[2]] += part
-        self.local = torch.zeros_like(self.total)
-        self._means = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Gives the content as tensors.
-
-        Returns:
-            State for `load_state_dict`.
-        """
-        return {"total": self.total.clone(), "local": self.local.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
-
-        Args:
-            state: The saved state.
-        """
-        self.total = state["total"].cpu().clone()
-        self.local = state["local"].cpu().clone()
-        self._means = None
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,71 @@
+"""Writes the tables of README.md that come from the code and from committed result files.
+
+python scripts/readme_tables.py            # rewrites README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from hf_fngd import FNGDConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "bench" / "results"
+
+
+def settings() -> str:
+    """Makes the table of settings from the config dataclass.
+
+    Returns:
+        Markdown.
+    """
+    lines = ["| name | default | meaning |", "|---|---|---|"]
+    for one in fields(FNGDConfig):
+        text = one.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `{one.name}` | `{one.default}` | {text} |")
+    return "\n".join(lines)
+
+
+def costs() -> str:
+    """Makes the table of time and memory from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    time = json.loads((RESULTS / "step_time.json").read_text())
+    memory = json.loads((RESULTS / "memory.json").read_text())
+    lines = ["| | step | against AdamW | quartiles | peak memory against AdamW |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for name, row in time["results"].items():
+        lines.append(
+            f"| {name} | {1000 * row['median_seconds']:.0f} ms | {row['median_ratio']:.2f} | "
+            f"{row['quartile_low']:.2f} to {row['quartile_high']:.2f} | "
+            f"{memory['results'][name]['ratio']:.2f} |"
+        )
+    lines += ["", f"Machine: {time['machine']}, torch {time['torch']}."]
+    return "\n".join(lines)
+
+
+def fill(text: str) -> str:
+    """Puts the tables between their marks.
+
+    Args:
+        text: README.md.
+
+    Returns:
+        The text with present tables.
+    """
+    for name, table in (("settings", settings()), ("costs", costs())):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        block = f"{begin}\n{table}\n{end}"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")

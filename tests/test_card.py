@@ -1,0 +1,122 @@
+"""The model card says what the run reported, and leaves alone what a person wrote."""
+
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_fngd.hf.card import CardFacts, CardMixin, write_card
+from tests.hf_utils import arguments, make_trainer
+
+FACTS = CardFacts(
+    model_name="marian-small",
+    task="translation",
+    dataset="Tatoeba sample",
+    languages=["en", "de"],
+    optimizer="fngd",
+    settings={"damping": 0.1, "share": "sample"},
+    layers="layer  decision\nfc1    chosen",
+    command="python scripts/run_translation.py scripts/demo.json",
+    seed=3,
+    device="one CPU",
+    versions={"torch": "2.13.0"},
+    metrics={"bleu": 12.345678, "chrf": 34.5},
+    baselines={"adamw_torch, same command": {"bleu": 11.0, "chrf": 30.0}},
+    signatures={"bleu": "nrefs:1|case:mixed"},
+    curves="curves.png",
+    limits=["One seed."],
+)
+
+
+def test_front_matter_is_valid_and_holds_the_results(tmp_path):
+    card = ModelCard.load(write_card(tmp_path, FACTS))
+    data = card.data
+    assert data.language == ["en", "de"] and data.pipeline_tag == "translation"
+    assert {"fngd", "natural-gradient", "hf_fngd"} <= set(data.tags)
+    assert data.base_model is None
+    found = {r.metric_type: (r.metric_value, r.dataset_name) for r in data.eval_results}
+    assert found == {"bleu": (12.3457, "Tatoeba sample"), "chrf": (34.5, "Tatoeba sample")}
+    assert data.model_name == "marian-small"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python scripts/run_translation.py scripts/demo.json",
+        "seed 3",
+        "one CPU",
+        "torch 2.13.0",
+        "| share | sample |",
+        "fc1    chosen",
+        "| this model | 12.35 | 34.50 |",
+        "| adamw_torch, same command | 11.00 | 30.00 |",
+        "`nrefs:1|case:mixed`",
+        "![loss and scores](curves.png)",
+        "- One seed.",
+        "arXiv:2403.03473",
+        "AutoModelForSeq2SeqLM.from_pretrained",
+        "`import hf_fngd` before opening it",
+    ],
+)
+def test_text_says(text, tmp_path):
+    assert text in write_card(tmp_path, FACTS).read_text()
+
+
+def test_writing_again_changes_nothing(tmp_path):
+    first = write_card(tmp_path, FACTS).read_text()
+    assert write_card(tmp_path, FACTS).read_text() == first
+
+
+def test_numbers_of_a_new_run_replace_the_old_ones(tmp_path):
+    write_card(tmp_path, FACTS)
+    text = write_card(tmp_path, replace(FACTS, metrics={"bleu": 20.0})).read_text()
+    assert "20.00" in text and "12.3" not in text
+    assert [r.metric_value for r in ModelCard(text).data.eval_results] == [20.0]
+
+
+def test_hand_written_card_is_completed(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(
+        "---\nlicense: mit\nlanguage: en\ntags:\n- mine\n---\n\n# My model\n\nWhat I say of it.\n"
+    )
+    text = write_card(tmp_path, FACTS).read_text()
+    data = ModelCard(text).data
+    assert data.license == "mit" and data.language == "en"
+    assert data.tags[0] == "mine" and "fngd" in data.tags
+    assert "# My model\n\nWhat I say of it." in text and "12.35" in text
+    again = write_card(tmp_path, FACTS).read_text()
+    assert again == text and text.count("hf_fngd: begin") == 1
+    path.write_text(text + "\nA last word.\n")
+    assert write_card(tmp_path, FACTS).read_text().endswith("A last word.\n")
+
+
+@pytest.mark.parametrize(
+    ("base", "named"), [("Helsinki-NLP/opus-mt-en-de", True), ("{folder}", False), (None, False)]
+)
+def test_base_model_is_named_only_if_it_is_on_the_hub(base, named, tmp_path):
+    base = base and base.format(folder=tmp_path)
+    card = ModelCard.load(write_card(tmp_path, replace(FACTS, base_model=base)))
+    assert (card.data.base_model == base) == (named or base is None)
+    assert ("local checkpoint" in card.text) == (base is not None and not named)
+
+
+def test_baseline_run_has_no_fngd_tags(tmp_path):
+    text = write_card(tmp_path, replace(FACTS, optimizer="adamw_torch")).read_text()
+    assert not {"fngd", "natural-gradient"} & set(ModelCard(text).data.tags)
+    assert "2403.03473" not in text and "import hf_fngd" not in text
+
+
+def test_trainer_writes_this_card_once_facts_are_known(tmp_path):
+    from transformers import Seq2SeqTrainer
+
+    class Mine(CardMixin, Seq2SeqTrainer):
+        pass
+
+    trainer = make_trainer(Mine, arguments(tmp_path, max_steps=1))
+    trainer.train()
+    trainer.create_model_card()
+    assert "hf_fngd: begin" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").unlink()
+    trainer.card_facts = FACTS
+    trainer.create_model_card(model_name="ignored")
+    assert "12.35" in (tmp_path / "README.md").read_text()

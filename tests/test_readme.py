@@ -1,0 +1,47 @@
+"""The front page agrees with the code and with the committed results, and its example runs."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tables():
+    path = ROOT / "scripts" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_code_and_the_result_files():
+    assert tables().fill(README) == README, "run python scripts/readme_tables.py"
+    assert "| `damping` | `0.1` |" in README and "fngd_adamw later epochs" in README
+
+
+def test_plain_loop_runs_and_learns():
+    code = re.search(r"<!-- plain loop -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    model, inputs, targets = scope["model"], scope["inputs"], scope["targets"]
+    error = (model(inputs) - targets).square().mean()
+    assert error < 0.8 * targets.square().mean()
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_links_lead_to_files(link):
+    assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda p: p.name)
+def test_cards_repeat_their_metrics_file(folder):
+    found = json.loads((folder / "metrics.json").read_text())
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| this model | {found['test']['bleu']:.2f} | {found['test']['chrf']:.2f} |" in card
+    assert found["environment"]["command"] in card
+    assert found["test"]["bleu_signature"] in card
