@@ -43,6 +43,7 @@ lint: env ## Check format, style, docstrings and types
 bench: env ## Measure step time and memory against AdamW
 	$(BIN)/python scripts/bench/step_time.py --output scripts/bench/results/step_time.json
 	$(BIN)/python scripts/bench/memory.py --output scripts/bench/results/memory.json
+	$(BIN)/python scripts/bench/gram_routes.py --output scripts/bench/results/gram_routes.json
 
 .PHONY: clean
 clean: ## Remove the environment and everything that was built

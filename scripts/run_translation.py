@@ -262,9 +262,19 @@ def _print_summary(found: dict[str, Any], written: list[Path]) -> None:
         print(f"written: {path}")
 
 
-if __name__ == "__main__":
+def cli() -> int:
+    """Runs the job; what the user can mend ends it with one line on stderr.
+
+    Returns:
+        Exit code.
+    """
     try:
         main()
     except (InputError, FNGDError) as error:
         print(f"run_translation: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

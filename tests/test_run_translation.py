@@ -1,6 +1,7 @@
 """scripts/run_translation.py from files to translations, and its errors in one line each."""
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -121,6 +122,7 @@ def test_whole_job_and_everything_it_leaves(files):
     assert again == [r["prediction"] for r in rows]
 
 
+@pytest.mark.slow
 def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
     first = run(*options(files, num_train_epochs=1, eval_strategy="no", do_predict=False))
     assert first.returncode == 0, first.stderr
@@ -220,21 +222,41 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module, to spare a process for each mistake."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("run_translation", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
+
+
 @pytest.mark.parametrize("case", list(BAD))
-def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(case, files):
+def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(
+    case, files, script, monkeypatch, capsys
+):
     changes, message = BAD[case]
     kept = files / "out" / "metrics.json"
     kept.parent.mkdir()
     kept.write_text("mine")
-    out = run(*options(files, **changes(files)))
-    assert out.returncode == 2, out.stderr
-    last = out.stderr.strip().splitlines()[-1]
-    assert last.startswith("run_translation: ") and "Traceback" not in out.stderr
+    monkeypatch.setattr(sys, "argv", ["run_translation.py", *options(files, **changes(files))])
+    assert script.cli() == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("run_translation: ")
     assert re.search(message, last), last
     assert kept.read_text() == "mine"
     assert [p.name for p in kept.parent.iterdir()] == ["metrics.json"]
 
 
+def test_exit_code_of_the_process(files):
+    out = run(*options(files, train_file=files / "none.jsonl"))
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert out.stderr.strip().splitlines()[-1].startswith("run_translation: --train_file: there is")
+
+
+@pytest.mark.slow
 def test_model_without_a_sequence_to_sequence_head(files):
     folder = files / "bert"
     first = options(files, num_train_epochs=1, eval_strategy="no", do_predict=False, do_eval=False)
@@ -248,6 +270,7 @@ def test_model_without_a_sequence_to_sequence_head(files):
     assert "has no sequence-to-sequence head: choose" in out.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_resume_with_other_data_or_settings_is_refused(files):
     saving = {"save_strategy": "epoch", "do_predict": False, "do_eval": False}
     quiet = {"eval_strategy": "no", "num_train_epochs": 1, "model_name_or_path": None}

@@ -9,16 +9,13 @@ torch, the model) is reported beside it.
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import torch
 from transformers import HfArgumentParser
-from workload import VARIANTS, Workload, make_step
+from workload import VARIANTS, Workload, make_step, write_results
 
 
 @dataclass
@@ -76,17 +73,7 @@ def main() -> None:
     }
     for name, row in table.items():
         print(f"{name:<28}{row['peak_mib']:>8.0f} MiB{row['ratio']:>8.3f}")
-    if options.output:
-        report = {
-            "workload": asdict(workload),
-            "machine": f"{platform.machine()} CPU",
-            "torch": torch.__version__,
-            "results": table,
-        }
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"written to {path}")
+    write_results(options.output, workload, table)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,12 @@ machine meets them alike; medians and quartiles of the ratios to AdamW's step in
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import torch
 from transformers import HfArgumentParser
-from workload import VARIANTS, Workload, make_step
+from workload import VARIANTS, Workload, make_step, write_results
 
 
 @dataclass
@@ -83,18 +79,7 @@ def main() -> None:
             f"{name:<28}{1000 * row['median_seconds']:>7.1f} ms{row['median_ratio']:>8.3f}"
             f"   {row['quartile_low']:.3f}-{row['quartile_high']:.3f}"
         )
-    if options.output:
-        report = {
-            "workload": asdict(workload),
-            "repeats": options.repeats,
-            "machine": f"{platform.machine()} CPU, {workload.threads} threads",
-            "torch": torch.__version__,
-            "results": table,
-        }
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"written to {path}")
+    write_results(options.output, workload, table)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MarianConfig, MarianMTModel, set_seed
@@ -105,3 +109,25 @@ def _train(
     model(**batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def write_results(path: str | None, workload: Any, results: dict[str, Any]) -> None:
+    """Writes the results of a benchmark with what they were measured on.
+
+    Args:
+        path: JSON file; nothing is written without one.
+        workload: Dataclass of shapes, with `threads`.
+        results: Builtins.
+    """
+    if path is None:
+        return
+    report = {
+        "workload": asdict(workload),
+        "machine": f"{platform.machine()} CPU, {workload.threads} threads",
+        "torch": torch.__version__,
+        "results": results,
+    }
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {file}")

@@ -66,7 +66,11 @@ class ComputeMetrics:
             references: Reference translations, in the order of the data.
             labels: Their tokens.
         """
-        self.references, self._labels = references, list(labels)
+        self.references = references
+        self._labels = [self._without_padding(np.asarray(row)) for row in labels]
+
+    def _without_padding(self, row: np.ndarray) -> list[int]:
+        return row[(row != -100) & (row != self.tokenizer.pad_token_id)].tolist()
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """Scores one evaluation.
@@ -81,7 +85,7 @@ class ComputeMetrics:
             RuntimeError: If the rows come in another order than the references.
         """
         tokens, labels = prediction.predictions, np.asarray(prediction.label_ids)
-        if [row[row != -100].tolist() for row in labels] != self._labels:
+        if [self._without_padding(row) for row in labels] != self._labels:
             raise RuntimeError("the Trainer evaluates in another order than that of the data")
         self.predictions = decode(
             self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens
