@@ -177,6 +177,8 @@ class _Captured:
 
     _original: type
 
+    # A compiled model breaks its graph here: what follows changes with every batch.
+    @torch.compiler.disable
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         inputs = (*args, *kwargs.values())
         out = getattr(self, _ATTRIBUTE).run(self, inputs[0]) if len(inputs) == 1 else None

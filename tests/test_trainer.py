@@ -221,6 +221,24 @@ def test_activation_checkpointing_gives_the_same_weights(reentrant, tmp_path):
         torch.testing.assert_close(runs[1][name], value, msg=name)
 
 
+@pytest.mark.slow
+def test_compiled_model_trains_the_same(tmp_path):
+    runs = []
+    for compiled in (False, True):
+        args = arguments(
+            tmp_path,
+            num_train_epochs=2,
+            torch_compile=compiled,
+            torch_compile_backend="aot_eager" if compiled else None,
+        )
+        trainer = make_trainer(FNGDSeq2SeqTrainer, args, model=tiny_marian(dropout=0.0))
+        trainer.train()
+        assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
+        runs.append(weights(trainer.model))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_bf16_autocast(tmp_path):
     trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(tmp_path, bf16=True))
     trainer.train()
