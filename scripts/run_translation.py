@@ -1,7 +1,7 @@
 """Fine-tunes a translation model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
-    python scripts/run_translation.py --train_file train.jsonl --validation_file validation.jsonl \
-        --test_file test.jsonl --source_lang en --target_lang de --output_dir runs/first \
+    python scripts/run_translation.py --train_file train.jsonl --validation_file validation.jsonl \\
+        --test_file test.jsonl --source_lang en --target_lang de --output_dir runs/first \\
         --optim fngd --optim_args "damping=0.1,share=sample,update_scale=rms" --learning_rate 3e-3
 
     python scripts/run_translation.py settings.json     # the same arguments as JSON
@@ -13,8 +13,8 @@ model, metrics.json, predictions.jsonl, curves.png and a model card.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
 )
 from translation import report
-from translation.data import DataArguments, InputError, load_pairs
+from translation.data import DataArguments, InputError, load_pairs, sentences, tokenize
 from translation.metrics import ComputeMetrics, score
 from translation.model import ModelArguments, load_model
 
@@ -44,6 +43,10 @@ LIMITS = [
     "The scores are those of one run with one seed.",
     "The model knows the kind of sentence it was trained on and little else.",
 ]
+
+
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and names defaults."""
 
 
 class InOrderMixin(Seq2SeqTrainer):
@@ -61,57 +64,29 @@ class BaselineTranslator(InOrderMixin, CardMixin, LossScaleMixin, Seq2SeqTrainer
     """The Trainer for every other optimizer, with the same correction of the loss scale."""
 
 
-def tokenize(
-    pairs: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments
-) -> datasets.Dataset:
-    """Turns sentence pairs into model inputs.
-
-    Args:
-        pairs: Columns `source` and `target`.
-        tokenizer: The tokenizer.
-        data: Length limits and prefix.
-
-    Returns:
-        Columns `input_ids`, `attention_mask` and `labels`.
-    """
-
-    def encode(rows: dict[str, list[str]]) -> Any:
-        sources = [data.source_prefix + text for text in rows["source"]]
-        inputs = tokenizer(sources, max_length=data.max_source_length, truncation=True)
-        inputs["labels"] = tokenizer(
-            text_target=rows["target"], max_length=data.max_target_length, truncation=True
-        )["input_ids"]
-        return inputs
-
-    return pairs.map(encode, batched=True, remove_columns=pairs.column_names)
-
-
-def sentences(pairs: datasets.DatasetDict) -> Iterator[str]:
-    """Gives the training text in both languages.
-
-    Args:
-        pairs: All splits.
-
-    Yields:
-        Sentences.
-    """
-    rows = pairs.get("train") or next(iter(pairs.values()))
-    yield from rows["source"]
-    yield from rows["target"]
-
-
 def parse() -> tuple[ModelArguments, DataArguments, Seq2SeqTrainingArguments]:
-    """Reads the command line, or a JSON file with the same arguments and options after it.
+    """Reads the command line, or a JSON file with the same arguments.
 
     Returns:
         Model, data and training arguments.
+
+    Raises:
+        InputError: If the file cannot be read, or settings contradict each other.
     """
     parser = HfArgumentParser(
-        [ModelArguments, DataArguments, Seq2SeqTrainingArguments], description=__doc__
+        [ModelArguments, DataArguments, Seq2SeqTrainingArguments],
+        description=__doc__,
+        formatter_class=_Help,
+        usage="%(prog)s SETTINGS.json, or --name value ... (see --help)",
     )
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
+    settings = sys.argv[1] if len(sys.argv) == 2 and sys.argv[1].endswith(".json") else None
+    try:
+        if settings:
+            return parser.parse_json_file(settings)
+        return parser.parse_args_into_dataclasses()
+    except (OSError, ValueError, TypeError) as error:
+        where = f"cannot use {settings!r}: " if settings else "cannot use these arguments: "
+        raise InputError(where + " ".join(str(error).split())) from None
 
 
 def main() -> None:
@@ -121,8 +96,9 @@ def main() -> None:
         InputError: If the data cannot be used.
     """
     model_args, data_args, args = parse()
-    if args.should_log:
-        transformers.utils.logging.set_verbosity_warning()
+    if Path(args.output_dir).is_file():
+        raise InputError(f"--output_dir {args.output_dir!r} is a file: choose a folder")
+    _quieten(args)
     set_seed(args.seed)
     pairs = load_pairs(data_args)
     if args.do_train and "train" not in pairs:
@@ -146,12 +122,15 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=metrics,
     )
-    found: dict[str, Any] = {"settings": _settings(model_args, data_args, args)}
+    found: dict[str, Any] = {"settings": report.settings(model_args, data_args, args)}
     if args.do_train:
         trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
+        # As an internal call, for it would push a card that knows no results yet.
+        trainer.save_model(_internal_call=True)
         trainer.save_state()
         found["train"] = trained.metrics
+        # Without the final evaluations, which decode with more beams than those of the training.
+        found["history"] = list(trainer.state.log_history)
     if args.do_eval and "validation" in tokens:
         found["validation"] = trainer.evaluate(num_beams=model_args.num_beams)
     if args.do_predict and "test" in tokens:
@@ -162,36 +141,17 @@ def main() -> None:
         found["test"] = {**output.metrics, **score(metrics.predictions, metrics.references)}
     if trainer.is_world_process_zero():
         _report(trainer, pairs, metrics, found, model_args, data_args)
-    if args.push_to_hub:
+    if args.push_to_hub and args.do_train:
         trainer.push_to_hub()
 
 
-def _settings(*groups: Any) -> dict[str, Any]:
-    model_args, data_args, args = groups
-    chosen = (
-        "optim",
-        "optim_args",
-        "optim_target_modules",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "label_smoothing_factor",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "bf16",
-        "fp16",
-        "seed",
-    )
-    training = {name: getattr(args, name) for name in chosen}
-    plain = {name: getattr(value, "value", value) for name, value in training.items()}
-    return {"model": asdict(model_args), "data": asdict(data_args), "training": plain}
+def _quieten(args: Seq2SeqTrainingArguments) -> None:
+    # The Trainer's bar is the one that matters, and an error stays the only line.
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+    if args.should_log:
+        transformers.utils.logging.set_verbosity_warning()
 
 
 def _report(
@@ -204,17 +164,16 @@ def _report(
 ) -> None:
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    surroundings = report.environment()
     optimizer = unwrap_optimizer(trainer.optimizer)
     training = found["settings"]["training"]
-    history = trainer.state.log_history
-    found |= {"environment": surroundings, "history": history}
+    history = found.get("history", [])
+    found["environment"] = report.environment()
     if optimizer is not None:
         found["fngd"] = {"config": optimizer.config.to_dict(), "layers": optimizer.selection.rows()}
     report.write_json(folder / "metrics.json", found)
     written = [folder / "metrics.json"]
     if history:
-        title = f"{data_args.describe()}, {training['optim']}"
+        title = f"{data_args.describe('train')}, {training['optim']}"
         report.plot_curves(folder / "curves.png", history, title)
         written.append(folder / "curves.png")
     scores = found.get("test", {})
@@ -227,10 +186,23 @@ def _report(
             zip(sources, references, metrics.predictions, strict=True)
         )[:SHOWN]:
             print(f"\n  {source}\n  = {reference}\n  > {prediction}")
-    trainer.card_facts = CardFacts(
-        model_name=folder.resolve().name,
+    if trainer.args.do_train:
+        trainer.card_facts = _card_facts(trainer, found, model_args, data_args)
+        trainer.create_model_card()
+        written.append(folder / "README.md")
+    report.print_summary(found, written)
+
+
+def _card_facts(
+    trainer: Any, found: dict[str, Any], model_args: ModelArguments, data_args: DataArguments
+) -> CardFacts:
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    training, scores = found["settings"]["training"], found.get("test", {})
+    return CardFacts(
+        model_name=Path(trainer.args.output_dir).resolve().name,
         task="translation",
-        dataset=data_args.describe(),
+        dataset=data_args.describe("train"),
+        test_dataset=data_args.describe("test"),
         languages=[data_args.source_lang, data_args.target_lang],
         base_model=model_args.model_name_or_path,
         optimizer=str(training["optim"]),
@@ -239,27 +211,10 @@ def _report(
         seed=trainer.args.seed,
         metrics={name: scores[name] for name in ("bleu", "chrf") if name in scores},
         signatures={n: scores[f"{n}_signature"] for n in ("bleu", "chrf") if n in scores},
-        curves="curves.png" if history else None,
+        curves="curves.png" if found["history"] else None,
         limits=LIMITS,
-        **surroundings,
+        **found["environment"],
     )
-    trainer.create_model_card()
-    written.append(folder / "README.md")
-    _print_summary(found, written)
-
-
-def _print_summary(found: dict[str, Any], written: list[Path]) -> None:
-    losses = [entry["loss"] for entry in found["history"] if "loss" in entry]
-    if losses:
-        print(f"\ntraining loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
-    bleus = [entry["eval_bleu"] for entry in found["history"] if "eval_bleu" in entry]
-    if bleus:
-        print("validation BLEU, evaluation by evaluation: " + ", ".join(f"{b:.2f}" for b in bleus))
-    if "test" in found:
-        for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
-            print(f"test {label}: {found['test'][name]:.2f}   {found['test'][name + '_signature']}")
-    for path in written:
-        print(f"written: {path}")
 
 
 def cli() -> int:

@@ -100,6 +100,18 @@ def test_base_model_is_named_only_if_it_is_on_the_hub(base, named, tmp_path):
     assert ("local checkpoint" in card.text) == (base is not None and not named)
 
 
+def test_unmeasured_model_claims_no_results(tmp_path):
+    text = write_card(tmp_path, replace(FACTS, metrics={}, baselines={})).read_text()
+    assert "## Results" not in text and "test set" not in text
+    assert not ModelCard(text).data.eval_results and "## How it was trained" in text
+
+
+def test_scores_name_the_data_they_are_of(tmp_path):
+    text = write_card(tmp_path, replace(FACTS, test_dataset="test.jsonl")).read_text()
+    assert "On the test set: test.jsonl." in text and "trained on Tatoeba sample" in text
+    assert {r.dataset_name for r in ModelCard(text).data.eval_results} == {"test.jsonl"}
+
+
 def test_baseline_run_has_no_fngd_tags(tmp_path):
     text = write_card(tmp_path, replace(FACTS, optimizer="adamw_torch")).read_text()
     assert not {"fngd", "natural-gradient"} & set(ModelCard(text).data.tags)

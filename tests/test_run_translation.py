@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig, BertModel
+import transformers.trainer
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    ByT5Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.test_runner import ROOT
 
@@ -108,7 +118,12 @@ def test_whole_job_and_everything_it_leaves(files):
     assert [(r["source"], r["reference"]) for r in rows] == [(e["en"], e["de"]) for e in expected]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
-    assert f"value: {found['test']['bleu']:.4g}"[:9] in card and "ten sentences" in card
+    results = {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}
+    assert results == {name: round(found["test"][name], 4) for name in ("bleu", "chrf")}
+    assert "ten sentences" in card
+    # Greedy during training; the final evaluation, with beams, is no point of the curve.
+    steps = [e["step"] for e in found["history"] if "eval_bleu" in e]
+    assert steps == [3, 6] and "eval_bleu" in found["validation"]
     for name in ("metrics.json", "predictions.jsonl", "curves.png", "README.md"):
         assert str(folder / name) in out.stdout
     # The saved model translates as the script did.
@@ -160,6 +175,7 @@ def test_settings_from_a_json_file(files):
 def test_help_reads_well():
     out = run("--help")
     assert out.returncode == 0
+    assert "\n    python scripts/run_translation.py --train_file" in out.stdout
     for text in ("--source_lang", "fngd_adamw", "Hub id or local folder", "metrics.json"):
         assert text in out.stdout
 
@@ -167,6 +183,12 @@ def test_help_reads_well():
 def broken(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
+    return path
+
+
+def latin(folder: Path) -> Path:
+    path = folder / "latin.jsonl"
+    path.write_bytes('{"translation": {"en": "over", "de": "über"}}\n'.encode("latin-1"))
     return path
 
 
@@ -218,6 +240,13 @@ BAD = {
     "unknown optim_args": (lambda f: {"optim_args": "dampnig=1"}, "did you mean 'damping'"),
     "damping zero": (lambda f: {"optim_args": "damping=0"}, "damping must be .*above 0, not 0"),
     "damping no number": (lambda f: {"optim_args": "damping=x"}, "damping='x' is not a float"),
+    "damaged gz": (lambda f: {"train_file": broken(f, "x.jsonl.gz", "no")}, "or a damaged .gz"),
+    "not UTF-8": (lambda f: {"train_file": latin(f)}, "the train set is not UTF-8, convert it"),
+    "output is a file": (lambda f: {"output_dir": broken(f, "o", "")}, "is a file: choose a"),
+    "settings contradict": (
+        lambda f: {"save_strategy": "epoch", "eval_strategy": "no", "load_best_model_at_end": True},
+        "cannot use these arguments: --load_best_model_at_end requires",
+    ),
     "no layer": (lambda f: {"optim_target_modules": "none"}, "no layer matches .*can be chosen"),
 }
 
@@ -243,9 +272,9 @@ def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(
     kept.write_text("mine")
     monkeypatch.setattr(sys, "argv", ["run_translation.py", *options(files, **changes(files))])
     assert script.cli() == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("run_translation: ")
-    assert re.search(message, last), last
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("run_translation: ")
+    assert re.search(message, line), line
     assert kept.read_text() == "mine"
     assert [p.name for p in kept.parent.iterdir()] == ["metrics.json"]
 
@@ -253,7 +282,78 @@ def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(
 def test_exit_code_of_the_process(files):
     out = run(*options(files, train_file=files / "none.jsonl"))
     assert out.returncode == 2 and "Traceback" not in out.stderr
-    assert out.stderr.strip().splitlines()[-1].startswith("run_translation: --train_file: there is")
+    assert out.stderr.startswith("run_translation: --train_file: there is")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{not json", "Expecting property name"),
+        ('{"lerning_rate": 1}', "lerning_rate"),
+        ("{}", "missing .* 'source_lang'"),
+    ],
+    ids=["missing", "broken", "unknown name", "incomplete"],
+)
+def test_settings_file_that_cannot_be_used(text, message, tmp_path, script, monkeypatch, capsys):
+    path = tmp_path / "settings.json"
+    if text is not None:
+        full = {"source_lang": "en", "target_lang": "de", "output_dir": str(tmp_path / "out")}
+        known = text if text[1] != '"' else json.dumps({**full, **json.loads(text)})
+        path.write_text(known)
+    monkeypatch.setattr(sys, "argv", ["run_translation.py", str(path)])
+    assert script.cli() == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(f"run_translation: cannot use '{path}': .*{message}", line), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_what_a_trained_model_is_asked_for_later(files):
+    """Longer sequences than it takes are refused; translating only leaves its card alone."""
+    first = options(files, num_train_epochs=1, eval_strategy="no", test_file=None)
+    assert run(*first).returncode == 0
+    card = (files / "out" / "README.md").read_text()
+    assert "## Results" not in card and "train.jsonl" in card
+    again = {"model_name_or_path": files / "out", "optim": "adamw_torch", "optim_args": None}
+    out = run(*options(files, **again, max_target_length=17))
+    assert out.returncode == 2 and "takes 16 tokens at most, not 17: lower" in out.stderr
+    out = run(*options(files, **again, do_train=False, do_eval=False, eval_strategy="no"))
+    assert out.returncode == 0, out.stderr
+    assert (files / "out" / "predictions.jsonl").exists()
+    assert (files / "out" / "README.md").read_text() == card
+
+
+@pytest.mark.slow
+def test_fine_tunes_another_architecture(files):
+    folder = files / "byt5"
+    ByT5Tokenizer().save_pretrained(folder)
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=384, **size, **special)).save_pretrained(folder)
+    out = run(*options(files, model_name_or_path=folder, source_prefix="translate: "))
+    assert out.returncode == 0, out.stderr
+    found = json.loads((files / "out" / "metrics.json").read_text())
+    chosen = [row[0] for row in found["fngd"]["layers"] if "chosen" in row]
+    assert "decoder.block.0.layer.1.EncDecAttention.q" in chosen
+
+
+def test_push_sends_the_card_with_the_results(files, script, monkeypatch):
+    sent = []
+
+    class Hub:
+        def create_repo(self, name, **_):
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, folder_path, **_):
+            sent.append((Path(folder_path) / "README.md").read_text())
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    quick = {"num_train_epochs": 1, "eval_strategy": "no", "do_eval": False, "push_to_hub": True}
+    monkeypatch.setattr(sys, "argv", ["run_translation.py", *options(files, **quick)])
+    assert script.cli() == 0
+    (card,) = sent
+    assert "| this model |" in card and "unknown dataset" not in card
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ class CardFacts:
     Attributes:
         model_name: Name of the model.
         task: Hub task, as `translation`.
-        dataset: Name of the data.
+        dataset: Name of the training data.
         languages: Language codes.
         base_model: What was fine-tuned, if anything; a local path is not named.
         optimizer: Name given to `--optim`.
@@ -41,7 +41,8 @@ class CardFacts:
         seed: Seed of the run.
         device: Machine.
         versions: Versions of the packages.
-        metrics: Scores by metric name, of the test set.
+        metrics: Scores by metric name, of the test set; none were measured if empty.
+        test_dataset: Name of the test data, by default that of `dataset`.
         baselines: Scores of other runs, by a description of them.
         signatures: sacrebleu signatures by metric name.
         curves: File name of the plot, beside the card.
@@ -61,6 +62,7 @@ class CardFacts:
     layers: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    test_dataset: str | None = None
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
     curves: str | None = None
@@ -81,11 +83,12 @@ def card_data(facts: CardFacts) -> ModelCardData:
     Returns:
         Metadata with a model-index entry for each metric.
     """
+    tested = facts.test_dataset or facts.dataset
     results = [
         EvalResult(
             task_type=facts.task,
-            dataset_type=facts.dataset,
-            dataset_name=facts.dataset,
+            dataset_type=tested,
+            dataset_name=tested,
             metric_type=name,
             metric_value=round(value, 4),
             metric_name={"bleu": "BLEU", "chrf": "chrF"}.get(name, name),
@@ -151,7 +154,7 @@ def _insert(text: str, section: str) -> str:
 
 
 def _section(facts: CardFacts) -> str:
-    parts = [_results(facts)]
+    parts = [_results(facts)] if facts.metrics else []
     if facts.curves:
         parts.append(f"## Training curves\n\n![loss and scores]({facts.curves})")
     parts.append(_training(facts))
@@ -165,7 +168,7 @@ def _section(facts: CardFacts) -> str:
 
 def _results(facts: CardFacts) -> str:
     names = list(facts.metrics)
-    lines = ["## Results", "", f"On the test set of {facts.dataset}.", ""]
+    lines = ["## Results", "", f"On the test set: {facts.test_dataset or facts.dataset}.", ""]
     lines += ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     rows = {"this model": facts.metrics, **facts.baselines}
     for label, scores in rows.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
+from transformers import PreTrainedTokenizerBase
 
 
 class InputError(ValueError):
@@ -55,17 +58,20 @@ class DataArguments:
         default=None, metadata={"help": "Use only the first test rows."}
     )
 
-    def describe(self) -> str:
-        """Names the data for the model card.
+    def describe(self, split: str) -> str:
+        """Names the data of one split for the model card.
+
+        Args:
+            split: `train`, `validation` or `test`.
 
         Returns:
-            The label, the Hub id, or the name of the local file.
+            The label, the Hub id, or the name of the split's local file.
         """
         if self.dataset_label:
             return self.dataset_label
         if self.dataset_name:
             return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
-        return Path(self.train_file or self.validation_file or self.test_file or "").name
+        return Path(getattr(self, f"{split}_file") or "").name
 
 
 def load_pairs(args: DataArguments) -> datasets.DatasetDict:
@@ -98,6 +104,45 @@ def load_pairs(args: DataArguments) -> datasets.DatasetDict:
     return datasets.DatasetDict(pairs)
 
 
+def sentences(pairs: datasets.DatasetDict) -> Iterator[str]:
+    """Gives the training text in both languages.
+
+    Args:
+        pairs: All splits.
+
+    Yields:
+        Sentences.
+    """
+    rows = pairs.get("train") or next(iter(pairs.values()))
+    yield from rows["source"]
+    yield from rows["target"]
+
+
+def tokenize(
+    pairs: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments
+) -> datasets.Dataset:
+    """Turns sentence pairs into model inputs.
+
+    Args:
+        pairs: Columns `source` and `target`.
+        tokenizer: The tokenizer.
+        args: Length limits and prefix.
+
+    Returns:
+        Columns `input_ids`, `attention_mask` and `labels`.
+    """
+
+    def encode(rows: dict[str, list[str]]) -> Any:
+        sources = [args.source_prefix + text for text in rows["source"]]
+        inputs = tokenizer(sources, max_length=args.max_source_length, truncation=True)
+        inputs["labels"] = tokenizer(
+            text_target=rows["target"], max_length=args.max_target_length, truncation=True
+        )["input_ids"]
+        return inputs
+
+    return pairs.map(encode, batched=True, remove_columns=pairs.column_names)
+
+
 def _load(args: DataArguments) -> datasets.DatasetDict:
     if args.dataset_name:
         try:
@@ -119,9 +164,16 @@ def _load(args: DataArguments) -> datasets.DatasetDict:
     for split, name in files.items():
         try:
             splits[split] = datasets.load_dataset("json", data_files=name, split="train")
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        except (
+            datasets.exceptions.DatasetGenerationError,
+            ValueError,
+            OSError,
+            EOFError,
+        ) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise InputError(f"--{split}_file: {name!r} is not JSON lines: {reason}") from None
+            raise InputError(
+                f"--{split}_file: {name!r} is not JSON lines, or a damaged .gz: {reason}"
+            ) from None
     return datasets.DatasetDict(splits)
 
 
@@ -133,8 +185,12 @@ def _check(split: str, rows: datasets.Dataset, args: DataArguments) -> datasets.
             f"the {split} set has the columns {', '.join(rows.column_names)} but no `translation`: "
             'rows must look like {"translation": {"en": "...", "de": "..."}}'
         )
+    try:
+        column = list(rows["translation"])
+    except UnicodeDecodeError as error:
+        raise InputError(f"the {split} set is not UTF-8, convert it: {error}") from None
     sides: dict[str, list[str]] = {"source": [], "target": []}
-    for number, row in enumerate(rows["translation"]):
+    for number, row in enumerate(column):
         for side, language in (("source", args.source_lang), ("target", args.target_lang)):
             if not isinstance(row, dict) or language not in row:
                 found = ", ".join(row) if isinstance(row, dict) else repr(row)

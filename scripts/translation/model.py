@@ -56,7 +56,8 @@ def load_model(
         Model and tokenizer.
 
     Raises:
-        InputError: If there is no such model, or it has no sequence-to-sequence head.
+        InputError: If there is no such model, it has no sequence-to-sequence head, or it takes no
+            sequences of this length.
         ValueError: As transformers raises it for any other reason.
     """
     if args.model_name_or_path is None:
@@ -76,6 +77,12 @@ def load_model(
             f"{name!r} has no sequence-to-sequence head: choose a translation model, as Marian, "
             "T5, BART or mBART"
         ) from None
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise InputError(
+            f"{name!r} takes {limit} tokens at most, not {max_length}: lower --max_source_length "
+            "and --max_target_length"
+        )
     for setting, language in zip(("src_lang", "tgt_lang"), languages, strict=True):
         if hasattr(tokenizer, "lang_code_to_id"):
             setattr(tokenizer, setting, language)

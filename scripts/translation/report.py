@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import matplotlib
 import sacrebleu
 import torch
 import transformers
+from transformers import TrainingArguments
 
 import hf_fngd
 
@@ -99,3 +101,61 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[str, Any]:
+    """Gathers what the run was set to.
+
+    Args:
+        model_args: Dataclass of model arguments.
+        data_args: Dataclass of data arguments.
+        args: Training arguments.
+
+    Returns:
+        Builtins.
+    """
+    chosen = (
+        "optim",
+        "optim_args",
+        "optim_target_modules",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "label_smoothing_factor",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "bf16",
+        "fp16",
+        "seed",
+    )
+    training = {name: getattr(args, name) for name in chosen}
+    plain = {name: getattr(value, "value", value) for name, value in training.items()}
+    return {"model": asdict(model_args), "data": asdict(data_args), "training": plain}
+
+
+def print_summary(found: dict[str, Any], written: Sequence[Path]) -> None:
+    """Prints losses, scores, and where everything is.
+
+    Args:
+        found: Content of metrics.json.
+        written: Files.
+    """
+    history = found.get("history", [])
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if losses:
+        print(f"\ntraining loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+    bleus = [entry["eval_bleu"] for entry in history if "eval_bleu" in entry]
+    if bleus:
+        print("validation BLEU, evaluation by evaluation: " + ", ".join(f"{b:.2f}" for b in bleus))
+    if "test" in found:
+        for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
+            print(f"test {label}: {found['test'][name]:.2f}   {found['test'][name + '_signature']}")
+    for path in written:
+        print(f"written: {path}")
