@@ -1,7 +1,7 @@
-"""Fine-tunes a translation model, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Fine-tunes a translation model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
-    python scripts/run_translation.py --train_file train.jsonl --validation_file validation.jsonl \\
-        --test_file test.jsonl --source_lang en --target_lang de --output_dir runs/first \\
+    python scripts/run_translation.py --train_file train.jsonl --validation_file validation.jsonl \
+        --test_file test.jsonl --source_lang en --target_lang de --output_dir runs/first \
         --optim fngd --optim_args "damping=0.1,share=sample,update_scale=rms" --learning_rate 3e-3
 
     python scripts/run_translation.py settings.json     # the same arguments as JSON
