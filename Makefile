@@ -46,5 +46,5 @@ bench: env ## Measure step time and memory against AdamW
 	$(BIN)/python scripts/bench/gram_routes.py --output scripts/bench/results/gram_routes.json
 
 .PHONY: clean
-clean: ## Remove the environment and everything that was built
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## Remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

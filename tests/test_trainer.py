@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_fngd import (
     FNGD,
@@ -23,6 +23,9 @@ from tests.hf_utils import (
     weights,
 )
 
+# Renamed late in transformers 5.
+NEW_NAME = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation" if NEW_NAME else "gradient"
 BOTH = pytest.mark.parametrize("cls", [FNGDSeq2SeqTrainer, Seq2SeqTrainer], ids=["ours", "stock"])
 SETTINGS = [
     "share=sample",
@@ -211,8 +214,10 @@ def test_activation_checkpointing_gives_the_same_weights(reentrant, tmp_path):
         args = arguments(
             tmp_path,
             num_train_epochs=2,
-            activation_checkpointing=checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": reentrant},
+            **{
+                f"{CHECKPOINTING}_checkpointing": checkpointing,
+                f"{CHECKPOINTING}_checkpointing_kwargs": {"use_reentrant": reentrant},
+            },
         )
         trainer = make_trainer(FNGDSeq2SeqTrainer, args, model=tiny_marian(dropout=0.0))
         trainer.train()
