@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_fngd.capture import Pass, in_backward
+from hf_fngd.batches import BatchTracker, SizedPass
 from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.mean_store import MeanStore
 from hf_fngd.sample_store import SampleStore
 from hf_fngd.statistics import Statistics
 
-logger = logging.getLogger(__name__)
-
 Labels = Tensor | Mapping[str, Tensor]
 
 
-class Batch(Pass):
+class Batch(SizedPass):
     """One micro-batch: its size, ids and labels, and what is known of its coefficients.
 
     Args:
@@ -31,18 +28,15 @@ class Batch(Pass):
     """
 
     def __init__(self, size: int | None, labels: Labels | None, fresh: bool) -> None:
-        super().__init__(fresh)
-        self.size, self.labels = size, labels
-        self.announced = size is not None
-        self.used = False
+        super().__init__(size, fresh)
+        self.labels = labels
         self.rows: Tensor | None = None
         self.known: Tensor | None = None
         self.found: Tensor | None = None
-        self.first_layer = ""
         self.computed: set[int] = set()
 
 
-class FNGDState:
+class FNGDState(BatchTracker[Batch]):
     """Coefficients of all selected layers through a training run.
 
     Args:
@@ -51,15 +45,12 @@ class FNGDState:
     """
 
     def __init__(self, config: FNGDConfig, names: Sequence[str]) -> None:
-        self.config, self.names = config, list(names)
+        super().__init__(names, "FNGD")
+        self.config = config
         self.statistics = Statistics()
         self.epoch = 0
         self.steps = 0
-        self.accumulation = 1.0
-        self.batch: Batch | None = None
         self._unwritten: list[Batch] = []
-        self.left_out: set[str] = set()
-        self._warned: set[str] = set()
         self.store: SampleStore | MeanStore | None = self._new_store()
 
     def _new_store(self) -> SampleStore | MeanStore | None:
@@ -147,52 +138,10 @@ class FNGDState:
             else:
                 batch.known = self.store.read(batch.rows)
 
-    def current(self, rows: int, name: str) -> Batch | None:
-        """Gives the batch that a layer's forward pass belongs to.
-
-        Args:
-            rows: First dimension of the layer's input.
-            name: Path of the layer.
-
-        Returns:
-            The batch, or None if the layer does not have one row per sample and is left out.
-
-        Raises:
-            FNGDError: If the batch was not announced though it must be, or layers disagree about
-                its size.
-        """
-        batch = self.batch
-        if batch is None or (not batch.announced and batch.used and not in_backward()):
-            if self.config.share in ("sample", "label"):
-                self.set_batch(None, None)
-            self._close()
-            self.batch = batch = Batch(None, None, self.collecting)
-        if batch.size is None:
-            batch.size, batch.first_layer = rows, name
-        if rows == batch.size:
-            return batch
-        if not batch.announced:
-            raise FNGDError(
-                f"layers disagree about the batch size ({batch.first_layer}: {batch.size}, "
-                f"{name}: {rows}): call set_batch(sample_ids=...), or exclude the layer whose "
-                "first dimension is not the batch"
-            )
-        self.left_out.add(name)
-        self.warn_once(
-            name, f"is left out: its first dimension {rows} is not the batch {batch.size}"
-        )
-        return None
-
-    def warn_once(self, name: str, what: str) -> None:
-        """Logs a warning about a layer, the first time it is due.
-
-        Args:
-            name: Path of the layer.
-            what: What is to be said of it.
-        """
-        if name not in self._warned:
-            self._warned.add(name)
-            logger.warning("FNGD: %s %s", name, what)
+    def _open(self) -> Batch:
+        if self.config.share in ("sample", "label"):
+            self.set_batch(None, None)
+        return Batch(None, None, self.collecting)
 
     def end_step(self) -> None:
         """Closes an optimizer step: the next forward pass must announce its batch."""
@@ -205,11 +154,6 @@ class FNGDState:
         self._close()
         self.batch = None
         self._unwritten.clear()
-
-    def _close(self) -> None:
-        # A forward pass without a backward would otherwise keep itself alive by its gates.
-        if self.batch is not None:
-            self.batch.gates.clear()
 
     def flush(self) -> None:
         """Writes the coefficients that backward passes have found so far to the store."""
@@ -230,8 +174,6 @@ class FNGDState:
         return {
             "epoch": self.epoch,
             "steps": self.steps,
-            "layers": list(self.names),
-            "config": self.config.to_dict(),
             "store": None if self.store is None else self.store.state_dict(),
         }
 
@@ -239,18 +181,8 @@ class FNGDState:
         """Restores what `state_dict` gave.
 
         Args:
-            saved: The saved state.
-
-        Raises:
-            FNGDError: If it belongs to other layers or other data.
+            saved: The saved state, of the same layers.
         """
-        if saved["layers"] != self.names:
-            different = sorted(set(saved["layers"]) ^ set(self.names))
-            raise FNGDError(
-                f"the checkpoint was written with other selected layers (differing: "
-                f"{', '.join(different[:5]) or 'their order'}): resume with the same "
-                "target_modules and exclude_modules, or start without the checkpoint"
-            )
         if self.store is not None:
             self.store.load_state_dict(saved["store"])
         self.epoch, self.steps, self.batch = saved["epoch"], saved["steps"], None

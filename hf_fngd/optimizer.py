@@ -1,27 +1,22 @@
-"""`FNGD`, the optimizer: puts the layers under capture and updates the parameters."""
+"""`FNGD`, the optimizer, and the two lines that a plain loop needs."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_fngd import capture
-from hf_fngd.config import RESUME_FIELDS, FNGDConfig
+from hf_fngd.base_optimizer import LayerOptimizer, parameter_groups
+from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import FNGDState, Labels
+from hf_fngd.layers import LinearAdapter
 from hf_fngd.sample_store import SampleStore
-from hf_fngd.selection import select_layers
-from hf_fngd.update_rules import apply_rule
 from hf_fngd.weighting import LayerState
 
-_STATE_KEY = "fngd"
 
-
-class FNGD(torch.optim.Optimizer):
+class FNGD(LayerOptimizer):
     """Fast Natural Gradient Descent (arXiv 2403.03473) for the selected layers, AdamW for the rest.
 
     The gradients of selected layers are weighted inside their own backward pass, so `.grad` already
@@ -40,6 +35,9 @@ class FNGD(torch.optim.Optimizer):
         FNGDError: For bad settings, or if no layer can be selected.
     """
 
+    config_class = FNGDConfig
+    method = "fngd"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -50,69 +48,16 @@ class FNGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **settings: Any,
     ) -> None:
-        if config is not None and settings:
-            raise FNGDError("give either config=FNGDConfig(...) or single settings, not both")
-        self.config = config = config or _config(settings)
-        self.selection = select_layers(module, config.target_modules, config.exclude_modules)
-        self.coefficients = FNGDState(config, list(self.selection.chosen))
-        nesterov = config.update_rule == "muon" if config.nesterov is None else config.nesterov
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": config.momentum,
-            "nesterov": nesterov and config.momentum > 0,
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "eps": config.adam_epsilon,
-            "update_scale": config.update_scale,
-        }
-        super().__init__(self._split(params, lr), defaults)
+        super().__init__(
+            params, lr, module=module, config=config, weight_decay=weight_decay, **settings
+        )
+        self.tracker = self.coefficients = FNGDState(self.config, list(self.selection.chosen))
         self._fingerprint: str | None = None
         self._loaded_fingerprint: str | None = None
         self.attach()
 
-    def _split(self, params: Iterable[Any], lr: float) -> list[dict[str, Any]]:
-        """Divides every parameter group into selected weights and the others.
-
-        Returns:
-            Groups, those of selected weights first.
-        """
-        rule = self.config.update_rule
-        selected = {
-            id(p)
-            for module, _ in self.selection.chosen.values()
-            for p in module.parameters(recurse=False)
-            if rule != "muon" or p.dim() > 1
-        }
-        groups = list(params)
-        if groups and not isinstance(groups[0], dict):
-            groups = [{"params": groups}]
-        other_lr = self.config.other_lr
-        first, second = [], []
-        for group in groups:
-            members = group["params"]
-            members = [members] if isinstance(members, Tensor) else list(members)
-            mine = [p for p in members if id(p) in selected]
-            rest = [p for p in members if id(p) not in selected]
-            if mine:
-                first.append({**group, "params": mine, "rule": rule})
-            if rest:
-                own = {"lr": other_lr} if other_lr is not None else {}
-                second.append({**group, **own, "params": rest, "rule": "adamw"})
-        return first + second
-
-    # ---- capture -----------------------------------------------------------------------------
-
-    def attach(self) -> None:
-        """Puts the selected layers under capture; does nothing where they already are."""
-        for number, (module, adapter) in enumerate(self.selection.chosen.values()):
-            layer = LayerState(self.coefficients, number, adapter)
-            capture.attach(module, capture.Capture(number, adapter, layer))
-
-    def detach(self) -> None:
-        """Takes all layers out of capture; the model is as it was before."""
-        for module, _ in self.selection.chosen.values():
-            capture.detach(module)
-        self.coefficients.forget_batch()
+    def _handler(self, number: int, adapter: LinearAdapter) -> LayerState:
+        return LayerState(self.coefficients, number, adapter)
 
     def start_epoch(self, epoch: int) -> None:
         """Enters an epoch: 0 computes coefficients, later ones reuse them (see `refresh_every`).
@@ -140,29 +85,6 @@ class FNGD(torch.optim.Optimizer):
         """
         self.coefficients.set_batch(sample_ids, labels)
 
-    # ---- optimizer ---------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates all parameters by their (weighted) gradients.
-
-        Args:
-            closure: Optional, as in torch: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                apply_rule(group["rule"], params, [self.state[p] for p in params], group)
-        self.coefficients.end_step()
-        return loss
-
     def statistics(self) -> dict[str, Any]:
         """Reports on the coefficients since the last call.
 
@@ -175,9 +97,7 @@ class FNGD(torch.optim.Optimizer):
         return {
             "phase": "collect" if state.collecting else "reuse",
             "epoch": float(state.epoch),
-            "damping": float(self.config.damping),
-            "layers": float(len(state.names) - len(state.left_out)),
-            "layers_left_out": float(len(state.left_out)),
+            **super().statistics(),
             **state.statistics.report(),
         }
 
@@ -197,6 +117,10 @@ class FNGD(torch.optim.Optimizer):
         if isinstance(store, SampleStore) and store.num_samples is None:
             store.num_samples = num_samples
 
+    def synchronize(self) -> None:
+        """Makes the stored coefficients equal on all ranks, which must call it together."""
+        self.coefficients.synchronize()
+
     def _check_data(self, loaded: str | None, present: str | None) -> None:
         if self.config.share == "sample" and None not in (loaded, present) and loaded != present:
             raise FNGDError(
@@ -204,63 +128,18 @@ class FNGD(torch.optim.Optimizer):
                 "resume with the same data, or start without the checkpoint"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Gives the optimizer's state with the coefficients under `fngd`.
-
-        Returns:
-            Tensors and builtins only, readable with `torch.load(weights_only=True)`.
-        """
-        state = super().state_dict()
+    def _method_state(self) -> dict[str, Any]:
         fingerprint = self._fingerprint or self._loaded_fingerprint
-        state[_STATE_KEY] = {**self.coefficients.state_dict(), "data": fingerprint}
-        return state
+        return {
+            **super()._method_state(),
+            **self.coefficients.state_dict(),
+            "data": fingerprint,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state; moments keep their saved precision, whatever the parameters'.
-
-        Args:
-            state_dict: What `state_dict` gave.
-
-        Raises:
-            FNGDError: If the state belongs to another optimizer, other settings, other layers or
-                other data.
-        """
-        saved = state_dict.get(_STATE_KEY)
-        if saved is None:
-            raise FNGDError(
-                "the checkpoint's optimizer state is not FNGD's: resume with the optimizer that "
-                "wrote it, or start without the checkpoint"
-            )
-        for name in RESUME_FIELDS:
-            old, new = saved["config"].get(name), getattr(self.config, name)
-            if old != new:
-                raise FNGDError(
-                    f"the checkpoint was written with {name}={old}, this run has {name}={new}: "
-                    "resume with the same settings, or start without the checkpoint"
-                )
+    def _load_method_state(self, saved: dict[str, Any]) -> None:
         self._check_data(saved["data"], self._fingerprint)
         self.coefficients.load_state_dict(saved)
         self._loaded_fingerprint = saved["data"]
-        plain = {k: v for k, v in state_dict.items() if k != _STATE_KEY}
-        super().load_state_dict(copy.copy(plain))
-        # torch casts moments to the parameter's dtype; put the saved ones back.
-        members = [p for group in self.param_groups for p in group["params"]]
-        order = [i for group in plain["param_groups"] for i in group["params"]]
-        for number, param in zip(order, members, strict=True):
-            for key, value in plain["state"].get(number, {}).items():
-                device = "cpu" if key == "step" else param.device
-                self.state[param][key] = value.detach().clone().to(device)
-
-
-def _config(settings: dict[str, Any]) -> FNGDConfig:
-    try:
-        return FNGDConfig(**settings)
-    except TypeError:
-        unknown = [name for name in settings if name not in FNGDConfig.__dataclass_fields__]
-        raise FNGDError(
-            f"{', '.join(unknown)}: not a setting of FNGD; valid names: "
-            f"{', '.join(FNGDConfig.__dataclass_fields__)}"
-        ) from None
 
 
 def create_fngd_optimizer(
@@ -282,9 +161,4 @@ def create_fngd_optimizer(
     Returns:
         The attached optimizer; `detach()` undoes the attachment.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return FNGD(groups, lr, module=model, **config)
+    return FNGD(parameter_groups(model, weight_decay), lr, module=model, **config)

@@ -11,9 +11,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_fngd import FNGD, FNGDConfig, FNGDError, create_fngd_optimizer
-from hf_fngd.config import CHOICES
+
 
 FIELDS = [item.name for item in dataclasses.fields(FNGDConfig)]
+CHOICES = {
+    item.name: item.metadata["choices"]
+    for item in dataclasses.fields(FNGDConfig)
+    if item.metadata["choices"]
+}
 NAN, INF = float("nan"), float("inf")
 REFUSED = {
     "damping": [0, 0.0, -1, NAN, INF, True, "0.1", None],

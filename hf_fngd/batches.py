@@ -1,0 +1,116 @@
+"""The batch that is under way: its size, and the layers whose first dimension is not the batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from hf_fngd.capture import Pass, in_backward
+from hf_fngd.errors import FNGDError
+
+logger = logging.getLogger(__name__)
+
+
+class SizedPass(Pass):
+    """A forward pass over one micro-batch.
+
+    Args:
+        size: Number of samples; None until the first layer shows it.
+        fresh: Whether something is computed from this batch's gradients.
+    """
+
+    def __init__(self, size: int | None, fresh: bool) -> None:
+        super().__init__(fresh)
+        self.size = size
+        self.announced = size is not None
+        self.used = False
+        self.first_layer = ""
+
+
+P = TypeVar("P", bound=SizedPass)
+
+
+class BatchTracker(Generic[P]):
+    """Tells the calls of one batch from those of the next, and checks their size.
+
+    Args:
+        names: Paths of the selected layers.
+        title: Name of the method, for messages.
+    """
+
+    def __init__(self, names: Sequence[str], title: str) -> None:
+        self.names, self.title = list(names), title
+        self.batch: P | None = None
+        # κ is this times the batch size: micro-batches of an update over the loss scale.
+        self.accumulation = 1.0
+        self.left_out: set[str] = set()
+        self._warned: set[str] = set()
+
+    def _open(self) -> P:
+        """Makes the pass of a batch that nobody announced; implemented by each method.
+
+        Raises:
+            NotImplementedError: Always, here.
+        """
+        raise NotImplementedError
+
+    def current(self, rows: int, name: str) -> P | None:
+        """Gives the batch that a layer's forward pass belongs to.
+
+        Args:
+            rows: First dimension of the layer's input.
+            name: Path of the layer.
+
+        Returns:
+            The batch, or None if the layer does not have one row per sample and is left out.
+
+        Raises:
+            FNGDError: If the batch was not announced though it must be, or layers disagree about
+                its size.
+        """
+        batch = self.batch
+        if batch is None or (not batch.announced and batch.used and not in_backward()):
+            batch = self._open()
+            self._close()
+            self.batch = batch
+        if batch.size is None:
+            batch.size, batch.first_layer = rows, name
+        if rows == batch.size:
+            return batch
+        if not batch.announced:
+            raise FNGDError(
+                f"layers disagree about the batch size ({batch.first_layer}: {batch.size}, "
+                f"{name}: {rows}): call set_batch(sample_ids=...), or exclude the layer whose "
+                "first dimension is not the batch"
+            )
+        self.left_out.add(name)
+        self.warn_once(
+            name, f"is left out: its first dimension {rows} is not the batch {batch.size}"
+        )
+        return None
+
+    def warn_once(self, name: str, what: str) -> None:
+        """Logs a warning about a layer, the first time it is due.
+
+        Args:
+            name: Path of the layer.
+            what: What is to be said of it.
+        """
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning("%s: %s %s", self.title, name, what)
+
+    def _close(self) -> None:
+        # A forward pass without a backward would otherwise keep itself alive by its gates.
+        if self.batch is not None:
+            self.batch.gates.clear()
+
+    def forget_batch(self) -> None:
+        """Forgets the batches announced so far."""
+        self._close()
+        self.batch = None
+
+    def end_step(self) -> None:
+        """Closes an optimizer step: the next forward pass is another batch."""
+        self.forget_batch()
