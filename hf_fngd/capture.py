@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_fngd.layers import LinearAdapter
+from hf_fngd.layers import Call, LinearAdapter
 
-# Input, output gradient and weight (as the call saw it, under autocast in low precision).
-Call = tuple[Tensor, Tensor, Tensor]
 # A call and the backward pass that it belongs to.
 Delivery = tuple[int, Call]
 
@@ -53,7 +51,9 @@ class LayerHandler(Protocol):
     def weights(self, batch: Any, x: Tensor, g: Tensor) -> Tensor:
         """Looks up γ `[N]` or `[N, T]` for one call."""
 
-    def compute(self, batch: Any, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
+    def compute(
+        self, batch: Any, calls: list[Call], bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Gives the weight and bias gradients of all calls of one forward."""
 
 
@@ -90,7 +90,11 @@ class Capture:
         if batch.fresh:
             calls, weight, bias = self._gate(batch, weight, bias)
         x = self.adapter.prepare(x)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if (
+            self.adapter.autocast
+            and torch.is_autocast_enabled(x.device.type)
+            and x.dtype != torch.float64
+        ):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)

@@ -8,15 +8,25 @@ layer) and d features. The per-sample gradient of group i is Σ_t g[i, n, t] a[i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Input, output gradient and weight (as the call saw it, under autocast in low precision).
+Call = tuple[Tensor, Tensor, Tensor]
 
 
 class LinearAdapter:
     """`torch.nn.Linear`: weight `[d_out, d_in]`, input `[N, *, d_in]`."""
 
     feature_dim = -1
+    # Whether positions may be padding, which has no gradient and is no observation.
+    may_pad = True
+    # Whether autocast runs the operation in low precision.
+    autocast = True
 
     def __init__(self, module: nn.Module) -> None:
         self.has_bias = getattr(module, "bias", None) is not None
@@ -112,6 +122,17 @@ class LinearAdapter:
         n = x.shape[0]
         return x.reshape(1, n, -1, x.shape[-1]), g.reshape(1, n, -1, g.shape[-1])
 
+    def to_canonical(self, gradient: Tensor) -> Tensor:
+        """Brings a weight gradient into the canonical layout.
+
+        Args:
+            gradient: Gradient with the shape of the weight.
+
+        Returns:
+            Gradient as `[G, d_out, d_in]`.
+        """
+        return gradient.unsqueeze(0)
+
     def from_canonical(self, matrix: Tensor, weight: Tensor) -> Tensor:
         """Brings a gradient `[G, d_out, d_in]` into the weight's layout.
 
@@ -139,6 +160,42 @@ class LinearAdapter:
         return g * gamma.reshape(*shape, 1)
 
 
+def gather_calls(adapter: LinearAdapter, calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
+    """Brings all calls of one forward into the canonical layout, low precision into float32.
+
+    Args:
+        adapter: Adapter of the layer's type.
+        calls: Input, output gradient and weight of every call.
+
+    Returns:
+        `a` as `[G, N, T, d_in]` and `g` as `[G, N, T, d_out]`, positions of all calls in a row.
+    """
+    parts = [adapter.canonical(x, g) for x, g, _ in calls]
+    a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a = a.float()
+    return a, g.to(a.dtype)
+
+
+def sum_gradients(
+    adapter: LinearAdapter, calls: Sequence[Call], bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Adds up the plain parameter gradients of all calls of one forward.
+
+    Args:
+        adapter: Adapter of the layer's type.
+        calls: Input, output gradient (weighted or not) and weight of every call.
+        bias: Whether the bias gradient is wanted.
+
+    Returns:
+        Weight gradient in the weight's layout, and the bias gradient or None.
+    """
+    grads = [adapter.parameter_gradients(g, x, weight, bias) for x, g, weight in calls]
+    weights, biases = zip(*grads, strict=True)
+    total = functools.partial(functools.reduce, torch.add)
+    return total(weights), total(biases) if bias else None
+
+
 class Conv1DAdapter(LinearAdapter):
     """GPT-2's `Conv1D`, a linear layer with weight `[d_in, d_out]`."""
 
@@ -154,116 +211,12 @@ class Conv1DAdapter(LinearAdapter):
     ) -> tuple[Tensor, Tensor | None]:
         return _rows(x).t().mm(_rows(g)), self.bias_gradient(g) if bias else None
 
+    def to_canonical(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        return gradient.t().unsqueeze(0)
+
     def from_canonical(self, matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return matrix[0].t()
 
 
-class Conv2dAdapter(LinearAdapter):
-    """`torch.nn.Conv2d` with groups, stride, dilation and every padding mode.
-
-    Padding that the operator itself cannot do (other modes than zeros, an odd `same`) is applied
-    beforehand, where autograd takes care of it.
-    """
-
-    feature_dim = 1
-
-    def __init__(self, module: nn.Conv2d) -> None:
-        super().__init__(module)
-        self.kernel = tuple(module.kernel_size)
-        self.stride = tuple(module.stride)
-        self.dilation = tuple(module.dilation)
-        self.groups = module.groups
-        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        sides = _padding_sides(module)
-        symmetric = all(low == high for low, high in sides)
-        if self.mode == "constant" and symmetric:
-            self.padding = (sides[0][0], sides[1][0])
-            self.pad: tuple[int, ...] | None = None
-        else:
-            self.padding = (0, 0)
-            self.pad = (*sides[1], *sides[0])
-
-    def prepare(self, x: Tensor) -> Tensor:  # noqa: D102
-        return x if self.pad is None else F.pad(x, self.pad, mode=self.mode)
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return torch.ops.aten.convolution_backward(
-            g,
-            x,
-            weight,
-            [len(weight)],
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0, 0],
-            self.groups,
-            mask,
-        )
-
-    def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
-        return self._backward(g, x, weight, (True, False, False))[0]
-
-    def parameter_gradients(  # noqa: D102
-        self, g: Tensor, x: Tensor, weight: Tensor, bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        return self._backward(g, x, weight, (False, True, bias))[1:]
-
-    def bias_gradient(self, g: Tensor) -> Tensor:  # noqa: D102
-        return g.sum((0, 2, 3))
-
-    def canonical(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        patches = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
-        a, g = (
-            part.reshape(len(part), self.groups, -1, part.shape[-1]).permute(1, 0, 3, 2)
-            for part in (patches, g.flatten(2))
-        )
-        return a, g
-
-    def scale_rows(self, g: Tensor, gamma: Tensor) -> Tensor:  # noqa: D102
-        shape = (*g.shape[2:],) if gamma.dim() == 2 else (1, 1)
-        return g * gamma.to(g.dtype).reshape(len(g), 1, *shape)
-
-
-def adapter_for(module: nn.Module, kind: type) -> LinearAdapter | None:
-    """Gives the adapter of a module whose forward is known exactly.
-
-    Args:
-        module: Any module.
-        kind: Its type, without capture. Subclasses of the known types are not accepted, since
-            their forward may compute something else (quantised layers,
-            `torch.nn.MultiheadAttention.out_proj`).
-
-    Returns:
-        The adapter, or None where the type is not supported.
-    """
-    if kind is nn.Linear:
-        return LinearAdapter(module)
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
-        return Conv2dAdapter(module)
-    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return Conv1DAdapter(module)
-    return None
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _padding_sides(module: nn.Conv2d) -> list[tuple[int, int]]:
-    """Reads the padding of height and width.
-
-    Returns:
-        Padding before and after, for each.
-    """
-    if module.padding == "valid":
-        return [(0, 0), (0, 0)]
-    if module.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(int(p), int(p)) for p in module.padding]

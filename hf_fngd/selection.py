@@ -10,7 +10,8 @@ from torch import nn
 
 from hf_fngd.capture import original_type
 from hf_fngd.errors import FNGDError
-from hf_fngd.layers import LinearAdapter, adapter_for
+from hf_fngd.image_layers import BatchNormAdapter, Conv2dAdapter
+from hf_fngd.layers import Conv1DAdapter, LinearAdapter
 
 Target = str | Sequence[str] | None
 _SUPPORTED = "Linear, Conv1D and Conv2d"
@@ -58,7 +59,9 @@ class Selection:
         return "\n".join(lines)
 
 
-def select_layers(model: nn.Module, target: Target = None, exclude: Target = None) -> Selection:
+def select_layers(
+    model: nn.Module, target: Target = None, exclude: Target = None, *, batch_norm: bool = False
+) -> Selection:
     """Chooses the layers to precondition.
 
     Args:
@@ -68,6 +71,7 @@ def select_layers(model: nn.Module, target: Target = None, exclude: Target = Non
             a path that it equals or is a dotted part of, or that it matches as a whole as a regular
             expression; an entry that matches nothing so is looked for inside the paths.
         exclude: Layers to leave out, written the same way.
+        batch_norm: Whether BatchNorm2d layers can be chosen.
 
     Returns:
         The selection. Frozen weights, weights with several owners, the vocabulary head and modules
@@ -91,13 +95,17 @@ def select_layers(model: nn.Module, target: Target = None, exclude: Target = Non
     selection = Selection()
     for path, module in modules.items():
         reason, adapter = (
-            _reason(path, module, owners, head),
-            adapter_for(module, original_type(module)),
+            _reason(path, module, owners, head, batch_norm),
+            adapter_for(module, original_type(module), batch_norm=batch_norm),
         )
         if reason is None and path not in wanted:
             reason = "not in target_modules"
         if reason is None and target in ("all-linear", "all_linear"):
-            reason = None if original_type(module) is not nn.Conv2d else "not a linear layer"
+            reason = (
+                None
+                if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+                else "not a linear layer"
+            )
         if reason is None and path in unwanted:
             reason = "in exclude_modules"
         if reason is None and adapter is not None:
@@ -106,7 +114,9 @@ def select_layers(model: nn.Module, target: Target = None, exclude: Target = Non
             kind = original_type(module).__name__
             selection.left_out[path] = (kind, reason or f"not one of {_SUPPORTED}")
     if not selection.chosen:
-        possible = [p for p, m in modules.items() if _reason(p, m, owners, head) is None]
+        possible = [
+            p for p, m in modules.items() if _reason(p, m, owners, head, batch_norm) is None
+        ]
         names = sorted({path.rpartition(".")[2] for path in possible})
         hint = f"names that can be chosen: {', '.join(names)}" if names else "the model has none"
         raise FNGDError(
@@ -115,8 +125,36 @@ def select_layers(model: nn.Module, target: Target = None, exclude: Target = Non
     return selection
 
 
+def adapter_for(module: nn.Module, kind: type, *, batch_norm: bool = False) -> LinearAdapter | None:
+    """Gives the adapter of a module whose forward is known exactly.
+
+    Args:
+        module: Any module.
+        kind: Its type, without capture. Subclasses of the known types are not accepted, since
+            their forward may compute something else (quantised layers,
+            `torch.nn.MultiheadAttention.out_proj`).
+        batch_norm: Whether `torch.nn.BatchNorm2d` is supported too.
+
+    Returns:
+        The adapter, or None where the type is not supported.
+    """
+    if kind is nn.Linear:
+        return LinearAdapter(module)
+    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+        return Conv2dAdapter(module)
+    if batch_norm and isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
+        return BatchNormAdapter(module)
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return Conv1DAdapter(module)
+    return None
+
+
 def _reason(
-    path: str, module: nn.Module, owners: dict[int, list[str]], head: nn.Module | None
+    path: str,
+    module: nn.Module,
+    owners: dict[int, list[str]],
+    head: nn.Module | None,
+    batch_norm: bool,
 ) -> str | None:
     """Says why a module can never be chosen.
 
@@ -129,7 +167,7 @@ def _reason(
     shared = [p for p in owners.get(id(weight), []) if p != path]
     if module is head:
         return "vocabulary head" + (f", tied to {shared[0]}" if shared else "")
-    if adapter_for(module, original_type(module)) is None:
+    if adapter_for(module, original_type(module), batch_norm=batch_norm) is None:
         kind = original_type(module)
         known = [base.__name__ for base in (nn.Linear, nn.Conv2d) if issubclass(kind, base)]
         return f"a {known[0]} subclass" if known else f"not one of {_SUPPORTED}"

@@ -12,14 +12,54 @@ from torch import Tensor
 from hf_fngd.coefficients import Solution
 
 
+class Stopwatch:
+    """Adds up the time of some work, without stopping a GPU."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def timer(self, device: torch.device) -> Iterator[None]:
+        """Adds the time of the enclosed work.
+
+        Args:
+            device: Where the work runs.
+
+        Yields:
+            Nothing.
+        """
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin
+
+    def seconds(self) -> float:
+        """Reads the time so far.
+
+        Returns:
+            Seconds.
+        """
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
+
+
 class Statistics:
     """What happened since the last report; rows are counted over the epoch."""
 
     def __init__(self) -> None:
-        self.gram_seconds = 0.0
+        self.clock = Stopwatch()
         self.nonfinite = 0
         self.fallbacks = 0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._gamma: Tensor | None = None  # sum, minimum, maximum
         self._count = 0
         self.start_epoch()
@@ -62,39 +102,14 @@ class Statistics:
             self._gamma = now
             self._count += gamma.numel()
 
-    @contextmanager
-    def timer(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed work to `gram_seconds`, without stopping a GPU.
-
-        Args:
-            device: Where the work runs.
-
-        Yields:
-            Nothing.
-        """
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._events.append((start, end))
-        else:
-            begin = time.perf_counter()
-            yield
-            self.gram_seconds += time.perf_counter() - begin
-
     def report(self) -> dict[str, float]:
         """Gives the numbers collected since the last report and starts the γ statistics anew.
 
         Returns:
             Floats by name; γ entries are absent where no coefficients were computed.
         """
-        for start, end in self._events:
-            end.synchronize()
-            self.gram_seconds += start.elapsed_time(end) / 1000
-        self._events.clear()
         numbers = {
-            "gram_seconds": self.gram_seconds,
+            "gram_seconds": self.clock.seconds(),
             "nonfinite": float(self.nonfinite),
             "fallbacks": float(self.fallbacks),
         }

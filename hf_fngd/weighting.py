@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_fngd import coefficients, gram
-from hf_fngd.capture import Call
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
-from hf_fngd.layers import LinearAdapter
+from hf_fngd.layers import Call, LinearAdapter, gather_calls, sum_gradients
 from hf_fngd.mean_store import MeanStore
 
 
@@ -112,22 +110,20 @@ class LayerState:
                 "checkpointed blocks share it, set use_reentrant=False",
             )
         batch.computed.add(self.number)
-        with self.state.statistics.timer(calls[0][0].device):
+        with self.state.statistics.clock.timer(calls[0][0].device):
             gamma, per_sample = self._solve(batch, calls, bias)
         parts = self._split(gamma, calls)
-        scaled = [adapter.scale_rows(g, part) for (_, g, _), part in zip(calls, parts, strict=True)]
-        if per_sample is not None:
-            matrix = torch.einsum("n,gnoi->goi", gamma.to(per_sample.dtype), per_sample)
-            grad_weight = adapter.from_canonical(matrix, calls[0][2])
-            return grad_weight, _total(map(adapter.bias_gradient, scaled)) if bias else None
-        weights, biases = zip(
-            *(
-                adapter.parameter_gradients(g, x, weight, bias)
-                for (x, _, weight), g in zip(calls, scaled, strict=True)
-            ),
-            strict=True,
-        )
-        return _total(weights), _total(biases) if bias else None
+        scaled = [
+            (x, adapter.scale_rows(g, part), weight)
+            for (x, g, weight), part in zip(calls, parts, strict=True)
+        ]
+        if per_sample is None:
+            return sum_gradients(adapter, scaled, bias)
+        matrix = torch.einsum("n,gnoi->goi", gamma.to(per_sample.dtype), per_sample)
+        grad_weight = adapter.from_canonical(matrix, calls[0][2])
+        if not bias:
+            return grad_weight, None
+        return grad_weight, torch.stack([adapter.bias_gradient(g) for _, g, _ in scaled]).sum(0)
 
     def _split(self, gamma: Tensor, calls: list[Call]) -> Sequence[Tensor]:
         """Gives every call its part of γ.
@@ -141,10 +137,7 @@ class LayerState:
 
     def _solve(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
         config, state = self.state.config, self.state
-        parts = [self.adapter.canonical(x, g) for x, g, _ in calls]
-        a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-        if a.dtype in (torch.float16, torch.bfloat16):
-            a, g = a.float(), g.float()
+        a, g = gather_calls(self.adapter, calls)
         _, n, t, _ = a.shape
         memory = config.gram_memory_mb * 2**20
         kappa = n * state.accumulation
@@ -214,7 +207,3 @@ class LayerState:
             for (x, g, _), part, living in parts:
                 keys = self._keys(batch, x, g).to(living.device)
                 store.write(self.number, keys.masked_fill(~living, -1), part)
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, parts)
