@@ -9,10 +9,39 @@ import logging
 
 from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
+from hf_fngd.methods import (
+    KFAC,
+    SENG,
+    Eva,
+    EvaConfig,
+    KFACConfig,
+    PlainConfig,
+    PlainOptimizer,
+    SENGConfig,
+    TENGraD,
+    TENGraDConfig,
+    create_preconditioned_optimizer,
+)
 from hf_fngd.optimizer import FNGD, create_fngd_optimizer
 
 __version__ = "0.1.0"
-__all__ = ["FNGD", "FNGDConfig", "FNGDError", "create_fngd_optimizer"]
+__all__ = [
+    "FNGD",
+    "KFAC",
+    "SENG",
+    "Eva",
+    "EvaConfig",
+    "FNGDConfig",
+    "FNGDError",
+    "KFACConfig",
+    "PlainConfig",
+    "PlainOptimizer",
+    "SENGConfig",
+    "TENGraD",
+    "TENGraDConfig",
+    "create_fngd_optimizer",
+    "create_preconditioned_optimizer",
+]
 
 if importlib.util.find_spec("transformers") is not None:
     from hf_fngd.hf.callback import FNGDCallback

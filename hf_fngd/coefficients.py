@@ -148,3 +148,24 @@ def solve_nystrom(
     gamma = 1 - b @ small
     finite = bool((info == 0) & gamma.isfinite().all())
     return Solution(gamma if finite else ones, finite, fallback=attempt > 0)
+
+
+def inverse_of_shifted(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Inverts I + S for positive semi-definite S, by Cholesky where that works.
+
+    Args:
+        matrix: S, finite, of shape `[*, n, n]`.
+
+    Returns:
+        The inverse, and whether S was not positive definite in its precision, so that it had to be
+        decomposed in float64 with its negative eigenvalues set to 0.
+    """
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    inverse = torch.cholesky_inverse(factor)
+    if bool((info == 0).all() & inverse.isfinite().all()):
+        return inverse, False
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT).double())
+    shrink = 1 / (1 + values.clamp(min=0))
+    return ((vectors * shrink.unsqueeze(-2)) @ vectors.mT).to(matrix.dtype), True

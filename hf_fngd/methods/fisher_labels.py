@@ -1,0 +1,158 @@
+"""Labels drawn from the model's own predictions, for the true instead of the empirical Fisher.
+
+On update steps the model's forward is followed by a second backward: for one label drawn at every
+position that has one, the gradients of the log-likelihood pass through the captured layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd.errors import FNGDError
+
+_WAY_OUT = "set fisher_labels=empirical"
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a class from each row of logits.
+
+    Args:
+        logits: `[rows, classes]`.
+        generator: On the CPU.
+
+    Returns:
+        Classes `[rows]`.
+    """
+    noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits)
+    # Gumbel's trick: the largest of log p + noise is a sample.
+    noise = -(-noise.clamp(min=torch.finfo(logits.dtype).tiny).log()).log()
+    return (logits + noise).argmax(-1)
+
+
+def sampled_loss(
+    logits: Tensor, mask: Tensor | None, samples: int, generator: torch.Generator
+) -> Tensor:
+    """Gives the loss of drawn labels, scaled so that its gradients are those of single samples.
+
+    Args:
+        logits: `[N, C]` or `[N, T, C]`.
+        mask: Which positions have a label, of shape `[N, T]`; None: all of them.
+        samples: N.
+        generator: On the CPU.
+
+    Returns:
+        Scalar: N times the mean over labels, as if the loss were the mean.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    if mask is not None:
+        rows = rows[mask.reshape(-1)]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    labels = draw(rows.detach(), generator)
+    total = nn.functional.cross_entropy(rows, labels, reduction="sum")
+    return total * (samples / max(1, len(rows)))
+
+
+def labelled_positions(
+    model: nn.Module, logits: Tensor, inputs: Mapping[str, Any]
+) -> Tensor | None:
+    """Finds the positions whose logits the loss looks at.
+
+    Args:
+        model: The model.
+        logits: Its logits.
+        inputs: Its inputs by name.
+
+    Returns:
+        Booleans of shape `logits.shape[:-1]`, or None for all positions.
+    """
+    if logits.dim() < 3:
+        return None
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
+        mask = labels != -100
+        if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            mask = nn.functional.pad(mask[:, 1:], (0, 1), value=False)
+        return mask
+    config = getattr(model, "config", None)
+    decoder = inputs.get("decoder_input_ids")
+    if isinstance(decoder, Tensor) and decoder.shape == logits.shape[:-1]:
+        pad = getattr(config, "pad_token_id", None)
+        mask = torch.ones_like(decoder, dtype=torch.bool) if pad is None else decoder.ne(pad)
+        mask[:, 0] = True
+        return mask
+    given = inputs.get("attention_mask")
+    if isinstance(given, Tensor) and given.shape == logits.shape[:-1]:
+        return given.bool()
+    return None
+
+
+class FisherLabels:
+    """Forward hook on the model: on update steps, a second backward with drawn labels.
+
+    Args:
+        begin: Gives a context for the second backward and its random numbers, or None where none
+            is due.
+        weights: The weights of the captured layers.
+    """
+
+    def __init__(
+        self, begin: Callable[[], Any] | None, weights: Callable[[], Sequence[Tensor]]
+    ) -> None:
+        self._begin, self._weights = begin, weights
+
+    @torch.compiler.disable
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Runs the second backward.
+
+        Args:
+            model: The model.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
+            output: Its output.
+
+        Raises:
+            FNGDError: If the output holds no logits, or the graph allows no second backward.
+        """
+        begun = self._begin() if self._begin is not None and torch.is_grad_enabled() else None
+        if begun is None:
+            return
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        problem = getattr(getattr(model, "config", None), "problem_type", None)
+        if (
+            not isinstance(logits, Tensor)
+            or logits.dim() < 2
+            or problem
+            not in (
+                None,
+                "single_label_classification",
+            )
+        ):
+            raise FNGDError(
+                "fisher_labels=sampled needs a model whose output is the logits of one class a "
+                f"position (a tensor, or .logits), not {type(output).__name__} with problem_type="
+                f"{problem}: {_WAY_OUT}"
+            )
+        names = inspect.signature(model.forward).parameters
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = labelled_positions(model, logits, inputs)
+        context, generator = begun
+        with context:
+            loss = sampled_loss(logits, mask, len(logits), generator)
+            try:
+                torch.autograd.grad(loss, self._weights(), retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise FNGDError(
+                    f"fisher_labels=sampled: the second backward failed ({error}): set "
+                    f"use_reentrant=False where blocks are checkpointed, or {_WAY_OUT}"
+                ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model must not speak to the original's optimizer.
+        return FisherLabels, (None, list)

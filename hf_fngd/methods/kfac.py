@@ -1,0 +1,205 @@
+"""KFAC: Kronecker-factored curvature (Martens & Grosse 2015; Grosse & Martens 2016 for conv).
+
+F ≈ A ⊗ G with A = E[a aᵀ] and G = E[g gᵀ]. Weight sharing over T positions (tokens, pixels) follows
+Eschenhagen et al. 2023 (arXiv 2311.00636): expand treats positions like samples, reduce averages
+the inputs and sums the gradients of a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_fngd.coefficients import inverse_of_shifted
+from hf_fngd.methods.base import (
+    LayerCurvature,
+    Observed,
+    PreconditionerConfig,
+    alive,
+    inverse_or_zero,
+)
+from hf_fngd.settings import setting
+
+# Rows of positions that are copied at a time to form a factor.
+_BLOCK_BYTES = 2**26
+
+
+@dataclass
+class KFACConfig(PreconditionerConfig):
+    """Settings of KFAC, checked when the object is made.
+
+    Raises:
+        FNGDError: For a value out of range, or two settings that exclude each other.
+    """
+
+    title: ClassVar[str] = "KFAC"
+
+    step_control: str = setting(
+        "kl_clip",
+        "Length of the step: none, kl_clip (all directions are shortened by one factor where the "
+        "predicted change exceeds kl_clip) or norm (each layer's gets the gradient's norm).",
+        choices=("none", "kl_clip", "norm"),
+        resumed=True,
+    )
+    kfac_approx: str = setting(
+        "expand",
+        "Positions that share a weight: expand (each is a sample of its own; exact for sums over "
+        "positions) or reduce (inputs averaged, gradients summed; exact for pooling).",
+        choices=("expand", "reduce"),
+        resumed=True,
+    )
+    kfac_solver: str = setting(
+        "eigen",
+        "eigen (λ is added to the eigenvalues of A ⊗ G) or inverse (λ is divided between A and G "
+        "in the balance of their traces).",
+        choices=("eigen", "inverse"),
+        resumed=True,
+    )
+    stat_decay: float = setting(
+        0.95,
+        "Weight of the old factors in the running average, reached as min(1 - 1/k, this) at the "
+        "k-th update; in [0, 1).",
+        at_least=0.0,
+        below=1.0,
+        resumed=True,
+    )
+    inverse_period: int = setting(
+        10,
+        "Optimizer steps from one inversion of the factors to the next.",
+        at_least=1,
+        resumed=True,
+    )
+    loss_terms: float = setting(
+        1.0,
+        "Number R of loss terms a sample (1: one label; the sequence length where every token "
+        "has one). Scales G; without effect under relative damping.",
+        above=0.0,
+        resumed=True,
+    )
+
+
+class KFACLayer(LayerCurvature):
+    """KFAC for one layer; a grouped convolution has factors for each group."""
+
+    config: KFACConfig
+
+    def __init__(self, config: KFACConfig, shape: torch.Size, seed: int) -> None:
+        super().__init__(config, shape, seed)
+        self._pending: list[Tensor] | None = None
+
+    def observe(self, seen: Observed) -> None:  # noqa: D102
+        a, g = seen.canonical()
+        n = g.shape[1]
+        if self.config.kfac_approx == "reduce":
+            mask = alive(seen.adapter, g)
+            if mask is None:
+                a = a.mean(2, keepdim=True)
+            else:
+                a = (a * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
+            g, mask = g.sum(2, keepdim=True), None
+        else:
+            mask = alive(seen.adapter, g)
+        if mask is None:
+            factor_a = second_moment(a) / (a.shape[1] * a.shape[2])
+        else:
+            rows = mask.sum((1, 2, 3)).clamp(min=1)
+            factor_a = second_moment(a * mask) / rows.view(-1, 1, 1)
+        factor_g = second_moment(g) * (self.config.loss_terms / n)
+        found = [factor_a, factor_g, factor_a.new_tensor([float(n), 1.0])]
+        if self._pending is not None:
+            found = [old + new for old, new in zip(self._pending, found, strict=True)]
+        self._pending = found
+
+    def statistics(self, like: Tensor) -> list[Tensor]:  # noqa: D102
+        groups, d_out, d_in = self.shape
+        pending = self._pending
+        if pending is None or not all(bool(t.isfinite().all()) for t in pending):
+            shapes = ((groups, d_in, d_in), (groups, d_out, d_out), (2,))
+            pending = [like.new_zeros(shape) for shape in shapes]
+            self.lost = self._pending is not None
+        else:
+            self.lost = False
+        self._pending = pending
+        return pending
+
+    def update(self, step: int) -> bool:  # noqa: D102
+        assert self._pending is not None
+        (factor_a, factor_g, counts), self._pending = self._pending, None
+        micro_batches = counts[1]
+        if float(micro_batches) == 0:
+            return not self.lost
+        state = self.state
+        done = int(state["updates"]) if state else 0
+        keep = min(1 - 1 / (done + 1), self.config.stat_decay)
+        for name, value in (("a", factor_a), ("g", factor_g), ("samples", counts[0])):
+            new = value / micro_batches
+            state[name] = state[name].lerp(new, 1 - keep) if done else new
+        state["updates"] = torch.tensor(done + 1)
+        if not done or step - int(state["inverted_at"]) >= self.config.inverse_period:
+            self._invert()
+            state["inverted_at"] = torch.tensor(step)
+        return not self.lost
+
+    def _invert(self) -> None:
+        state = self.state
+        a, g = state["a"], state["g"]
+        trace_a, trace_g = (m.diagonal(dim1=1, dim2=2).sum(1) for m in (a, g))
+        damping = self.damping((trace_a * trace_g).sum(), state["samples"])
+        scale = inverse_or_zero(damping)
+        state["damping"] = damping
+        if self.config.kfac_solver == "eigen":
+            (values_a, state["inverse_a"]), (values_g, state["inverse_g"]) = map(_eigen, (a, g))
+            # λ(d_G d_Aᵀ + λ)⁻¹ without dividing by a λ that may be 0.
+            state["shrink"] = (
+                1 + scale * values_g.unsqueeze(2) * values_a.unsqueeze(1)
+            ).reciprocal()
+            return
+        balance = ((trace_a / a.shape[1]) / (trace_g / g.shape[1])).sqrt()
+        balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0).view(-1, 1, 1)
+        root = scale.sqrt()
+        for name, factor, share in (("a", a, root / balance), ("g", g, root * balance)):
+            state[f"inverse_{name}"], safer = inverse_of_shifted(factor * share)
+            self.fallbacks += safer
+
+    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
+        state = self.state
+        if "damping" not in state:
+            return m, m.new_zeros(())
+        a, g = state["inverse_a"], state["inverse_g"]
+        if self.config.kfac_solver == "eigen":
+            rotated = g.transpose(1, 2) @ m @ a
+            return g @ (rotated * state["shrink"]) @ a.transpose(1, 2), state["damping"]
+        return g @ m @ a, state["damping"]
+
+
+def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(0.5 * (factor + factor.transpose(1, 2)))
+    return values.clamp(min=0), vectors
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """Sums the outer products of all rows: half of the products are mirrored.
+
+    Args:
+        x: Rows `[G, N, T, d]`, in any memory layout.
+
+    Returns:
+        Symmetric matrices `[G, d, d]`.
+    """
+    groups, n, t, d = x.shape
+    half = (d + 1) // 2
+    total = x.new_zeros(groups, d, d)
+    samples = max(1, _BLOCK_BYTES // (groups * t * d * x.element_size()))
+    for block in x.split(samples, dim=1):
+        if block.stride(-1) == 1:
+            rows = block.reshape(groups, -1, d)
+        else:
+            rows = block.permute(0, 3, 1, 2).reshape(groups, d, -1).transpose(1, 2)
+        columns = rows.transpose(1, 2)
+        total[:, :half, :half] += columns[:, :half] @ rows[:, :, :half]
+        total[:, half:] += columns[:, half:] @ rows
+    total[:, :half, half:] = total[:, half:, :half].transpose(1, 2)
+    return total
