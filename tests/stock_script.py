@@ -24,8 +24,9 @@ def main():
     trainer.save_state()
     rank = args.process_index
     torch.save(trainer.model.state_dict(), f"{args.output_dir}/weights{rank}.pt")
-    store = trainer.optimizer.optimizer.coefficients.store
-    torch.save(store.state_dict(), f"{args.output_dir}/store{rank}.pt")
+    coefficients = getattr(trainer.optimizer.optimizer, "coefficients", None)
+    if coefficients is not None:
+        torch.save(coefficients.store.state_dict(), f"{args.output_dir}/store{rank}.pt")
     Path(args.output_dir, f"done{rank}.json").write_text(json.dumps(sys.argv))
 
 

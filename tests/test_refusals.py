@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Seq2SeqTrainer
 
-from hf_fngd import FNGDError, FNGDSeq2SeqTrainer
+from hf_fngd import FNGD, KFAC, FNGDError, FNGDSeq2SeqTrainer
 from hf_fngd.hf import support
 from tests.hf_utils import arguments, make_trainer, token_pairs
 
@@ -42,23 +42,25 @@ def test_deepspeed(launch, tmp_path):
     args = arguments(tmp_path)
     launch(DistributedType.DEEPSPEED)
     with pytest.raises(FNGDError, match="DeepSpeed.*use DDP"):
-        support.refuse_unsupported(args)
+        support.refuse_unsupported(args, FNGD)
 
 
 def test_deepspeed_by_argument(tmp_path):
     args = arguments(tmp_path)
     args.deepspeed = {"zero_optimization": {"stage": 2}}
     with pytest.raises(FNGDError, match="DeepSpeed.*use DDP"):
-        support.refuse_unsupported(args)
+        support.refuse_unsupported(args, FNGD)
 
 
 def test_fsdp1_is_refused_and_fsdp2_is_not(launch, tmp_path):
     args = arguments(tmp_path)
     launch(DistributedType.FSDP, Plugin(1))
     with pytest.raises(FNGDError, match="FSDP1.*fsdp_version: 2"):
-        support.refuse_unsupported(args)
+        support.refuse_unsupported(args, FNGD)
     launch(DistributedType.FSDP, Plugin(2))
-    support.refuse_unsupported(args)
+    support.refuse_unsupported(args, FNGD)
+    with pytest.raises(FNGDError, match="KFAC does not work with FSDP.*use DDP"):
+        support.refuse_unsupported(args, KFAC)
 
 
 @BOTH

@@ -15,7 +15,7 @@ from hf_fngd import FNGDCallback, FNGDError, register
 from hf_fngd.hf import registry
 from tests.hf_utils import arguments, make_trainer, tiny_marian
 
-NAMES = pytest.mark.parametrize("name", ["fngd", "fngd_adamw", "fngd_muon"])
+NAMES = pytest.mark.parametrize("name", list(registry.OPTIMIZERS))
 
 
 @NAMES

@@ -1,4 +1,4 @@
-"""`FNGDCallback`: checks at the start, phase switch at each epoch, `fngd/...` logs."""
+"""`FNGDCallback`: checks at the start, phase switch at each epoch, logs of the method."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.errors import FNGDError
 from hf_fngd.hf.samples import SampleHook, fingerprint
 from hf_fngd.hf.support import refuse_unsupported
@@ -18,7 +19,21 @@ logger = logging.getLogger(__name__)
 _LOW_REUSE = 0.9
 
 
-def unwrap_optimizer(optimizer: Any) -> FNGD | None:
+def unwrap_optimizer(optimizer: Any) -> LayerOptimizer | None:
+    """Finds an optimizer of the package inside accelerate's wrappers.
+
+    Args:
+        optimizer: What the Trainer holds.
+
+    Returns:
+        The optimizer, or None if it is another one.
+    """
+    while optimizer is not None and not isinstance(optimizer, LayerOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def unwrap_fngd(optimizer: Any) -> FNGD | None:
     """Finds FNGD inside accelerate's wrappers.
 
     Args:
@@ -27,9 +42,32 @@ def unwrap_optimizer(optimizer: Any) -> FNGD | None:
     Returns:
         The FNGD optimizer, or None if it is another one.
     """
-    while optimizer is not None and not isinstance(optimizer, FNGD):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    found = unwrap_optimizer(optimizer)
+    return found if isinstance(found, FNGD) else None
+
+
+def needs_scale(optimizer: LayerOptimizer) -> bool:
+    """Tells whether the scale of the loss matters to a method.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        False for FNGD with relative damping, whose coefficients do not depend on it.
+    """
+    return optimizer.config.damping_mode == "absolute" or not isinstance(optimizer, FNGD)
+
+
+def set_scale(optimizer: LayerOptimizer, micro_batches: int, scaler: Any) -> None:
+    """Tells a method how its gradients relate to those of single samples.
+
+    Args:
+        optimizer: The optimizer.
+        micro_batches: Those of one update, among which the loss is divided.
+        scaler: GradScaler of fp16, or None.
+    """
+    scale = scaler.get_scale() if scaler is not None else 1.0
+    optimizer.tracker.accumulation = micro_batches / scale
 
 
 class FNGDCallback(TrainerCallback):
@@ -73,11 +111,11 @@ class FNGDCallback(TrainerCallback):
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if optimizer is None:
             return
-        refuse_unsupported(args)
+        refuse_unsupported(args, type(optimizer))
         loader = kwargs.get("train_dataloader")
         data = getattr(loader, "dataset", None)
         rows = None if data is None or not hasattr(data, "__len__") else len(data)
-        if optimizer.config.share == "sample" and rows is None:
+        if getattr(optimizer.config, "share", None) == "sample" and rows is None:
             raise FNGDError(
                 "share=sample needs a data set with a length (an IterableDataset has none): set "
                 "share=layer or share=none, or load the data as a map-style Dataset"
@@ -90,10 +128,11 @@ class FNGDCallback(TrainerCallback):
             self._handle = kwargs["model"].register_forward_pre_hook(hook, with_kwargs=True)
         self._epoch = -1
         if state.is_world_process_zero:
-            logger.info("FNGD layers:\n%s", optimizer.selection)
+            logger.info("%s layers:\n%s", optimizer.config.title, optimizer.selection)
             chosen, left = len(optimizer.selection.chosen), len(optimizer.selection.left_out)
             logger.warning(
-                "FNGD preconditions %d layers and leaves %d to AdamW (%s)",
+                "%s: %d layers are selected, %d are left to AdamW (%s)",
+                optimizer.config.title,
                 chosen,
                 left,
                 "print(optimizer.selection) lists them",
@@ -107,7 +146,7 @@ class FNGDCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Enters the epoch: computes coefficients in the first one, reuses them later."""
-        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        optimizer = unwrap_fngd(kwargs.get("optimizer"))
         if optimizer is None:
             return
         known_length = _has_length(kwargs.get("train_dataloader"))
@@ -126,6 +165,19 @@ class FNGDCallback(TrainerCallback):
     def _resumed(optimizer: FNGD) -> int:
         return optimizer.coefficients.epoch
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tells the method the scale of the loss, as far as the arguments know it."""
+        wrapper = kwargs.get("optimizer")
+        optimizer = unwrap_optimizer(wrapper)
+        if optimizer is not None and needs_scale(optimizer):
+            set_scale(optimizer, args.gradient_accumulation_steps, getattr(wrapper, "scaler", None))
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -137,7 +189,7 @@ class FNGDCallback(TrainerCallback):
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         best = getattr(args.save_strategy, "value", args.save_strategy) == "best"
         if optimizer is not None and (control.should_save or (best and control.should_evaluate)):
-            optimizer.coefficients.synchronize()
+            optimizer.synchronize()
 
     def on_epoch_end(
         self,
@@ -148,7 +200,7 @@ class FNGDCallback(TrainerCallback):
     ) -> None:
         """Warns once if few samples find their coefficients again."""
         self.on_step_end(args, state, control, **kwargs)
-        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        optimizer = unwrap_fngd(kwargs.get("optimizer"))
         rate = optimizer.coefficients.statistics.reuse_rate if optimizer is not None else None
         if rate is not None and rate < _LOW_REUSE and not self._warned:
             self._warned = True
@@ -167,18 +219,19 @@ class FNGDCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the `fngd/...` series to training logs and to `trainer_state.json`."""
+        """Adds the method's series (`fngd/...`, `kfac/...`) to logs and `trainer_state.json`."""
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if optimizer is None or logs is None or "loss" not in logs:
             return
         if self.announces and args.max_grad_norm and "grad_norm" in logs:
             self.count_norm(logs["grad_norm"], args.max_grad_norm)
         numbers = optimizer.statistics()
-        numbers["reusing"] = float(numbers.pop("phase") == "reuse")
+        if "phase" in numbers:
+            numbers["reusing"] = float(numbers.pop("phase") == "reuse")
         if self._norms_seen:
             numbers["clipped"] = float(self._clipped) / self._norms_seen
             self._clipped, self._norms_seen = 0.0, 0
-        series = {f"fngd/{name}": value for name, value in numbers.items()}
+        series = {f"{optimizer.method}/{name}": value for name, value in numbers.items()}
         logs.update(series)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(series)

@@ -1,9 +1,9 @@
-"""Makes `--optim fngd` known to transformers, which has no plugin hook for optimizer names.
+"""Makes `--optim fngd` and the other names known to transformers, which has no hook for that.
 
 Three places of transformers are touched, each once: the `OptimizerNames` enum gets members (so that
 argument parsers and `TrainingArguments` accept the names), the static
 `Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, and `FNGDCallback` joins the default
-callbacks, where it does nothing unless the optimizer is FNGD.
+callbacks, where it does nothing unless the optimizer is one of the package.
 """
 
 from __future__ import annotations
@@ -16,13 +16,26 @@ from torch import nn
 from transformers import trainer as trainer_module
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from hf_fngd.config import FNGDConfig
+from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.errors import FNGDError
 from hf_fngd.hf.callback import FNGDCallback
 from hf_fngd.hf.support import refuse_unsupported
+from hf_fngd.methods import KFAC, SENG, Eva, PlainOptimizer, TENGraD
 from hf_fngd.optimizer import FNGD
+from hf_fngd.settings import OptimizerConfig
 
-RULE_OF_NAME = {"fngd": "sgd", "fngd_adamw": "adamw", "fngd_muon": "muon"}
+# Optimizer, and the update rule that the name stands for (None: as --optim_args says).
+OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], str | None]] = {
+    "fngd": (FNGD, None),
+    "fngd_adamw": (FNGD, "adamw"),
+    "fngd_muon": (FNGD, "muon"),
+    "kfac": (KFAC, None),
+    "eva": (Eva, None),
+    "tengrad": (TENGraD, None),
+    "seng": (SENG, None),
+    "plain": (PlainOptimizer, None),
+    "muon": (PlainOptimizer, "muon"),
+}
 _ENUM_TABLES = ("_member_names_", "_member_map_", "_value2member_map_")
 
 
@@ -38,14 +51,15 @@ def optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def config_from_args(args: TrainingArguments) -> FNGDConfig:
-    """Reads FNGD's settings from `--optim`, `--optim_args` and `--optim_target_modules`.
+def config_from_args(args: TrainingArguments) -> OptimizerConfig:
+    """Reads the optimizer's settings from `--optim`, `--optim_args` and `--optim_target_modules`.
 
     Args:
         args: Training arguments.
 
     Returns:
-        The checked settings. AdamW's betas and epsilon come from `--adam_beta1` and so on.
+        The checked settings, FNGD's where `--optim` is none of the package's. AdamW's betas and
+        epsilon come from `--adam_beta1` and so on.
 
     Raises:
         FNGDError: For malformed text, unknown names, bad values, or settings given twice.
@@ -66,8 +80,8 @@ def config_from_args(args: TrainingArguments) -> FNGDConfig:
         "adam_beta2": args.adam_beta2,
         "adam_epsilon": args.adam_epsilon,
     }
-    rule = RULE_OF_NAME.get(optimizer_name(args), "sgd")
-    if rule != "sgd":
+    kind, rule = OPTIMIZERS.get(optimizer_name(args), (FNGD, None))
+    if rule is not None:
         if values.get("update_rule", rule) != rule:
             raise FNGDError(
                 f"--optim {optimizer_name(args)} says update_rule={rule} and optim_args says "
@@ -80,13 +94,13 @@ def config_from_args(args: TrainingArguments) -> FNGDConfig:
                 "give the layers by --optim_target_modules or in --optim_args, not both"
             )
         overrides["target_modules"] = args.optim_target_modules
-    return FNGDConfig.from_strings(values, **overrides)
+    return kind.config_class.from_strings(values, **overrides)
 
 
 def optimizer_arguments(
-    args: TrainingArguments, model: nn.Module | None, config: FNGDConfig
-) -> dict[str, Any]:
-    """Gives what `Trainer.create_optimizer` must hand to `FNGD` beside the parameter groups.
+    args: TrainingArguments, model: nn.Module | None, config: OptimizerConfig
+) -> tuple[type[LayerOptimizer], dict[str, Any]]:
+    """Gives what `Trainer.create_optimizer` needs beside the parameter groups.
 
     Args:
         args: Training arguments.
@@ -94,16 +108,19 @@ def optimizer_arguments(
         config: Settings.
 
     Returns:
-        Keyword arguments.
+        The optimizer's class and keyword arguments.
 
     Raises:
-        FNGDError: If there is no model, or the launch cannot work with FNGD.
+        FNGDError: If there is no model, or the launch cannot work with the method.
     """
     if model is None:
-        raise FNGDError("FNGD needs the model to select its layers: pass model= to the Trainer")
-    refuse_unsupported(args)
+        raise FNGDError(
+            f"{config.title} needs the model to select its layers: pass model= to the Trainer"
+        )
+    kind = next(kind for kind, _ in OPTIMIZERS.values() if kind.config_class is type(config))
+    refuse_unsupported(args, kind)
     # Not `model=`: the Trainer takes an argument of that name for the parameters.
-    return {"lr": args.learning_rate, "module": model, "config": config}
+    return kind, {"lr": args.learning_rate, "module": model, "config": config}
 
 
 def register() -> None:
@@ -128,7 +145,7 @@ def register() -> None:
             f"transformers {transformers.__version__} is not supported by --optim fngd (it has no "
             f"{', '.join(missing)}): use FNGDTrainer, or transformers 5.2 to 5.23"
         )
-    for name in RULE_OF_NAME:
+    for name in OPTIMIZERS:
         _add_member(name)
     _wrap_dispatch(trainer_class)
     if FNGDCallback not in trainer_module.DEFAULT_CALLBACKS:
@@ -159,8 +176,8 @@ def _wrap_dispatch(trainer_class: Any) -> None:
 
     @functools.wraps(original)
     def dispatch(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        if optimizer_name(args) in RULE_OF_NAME:
-            return FNGD, optimizer_arguments(args, model, config_from_args(args))
+        if optimizer_name(args) in OPTIMIZERS:
+            return optimizer_arguments(args, model, config_from_args(args))
         return original(args, model)
 
     dispatch.knows_fngd = True  # type: ignore[attr-defined]

@@ -11,8 +11,9 @@ import datasets
 import torch
 from torch import Tensor, nn
 
+from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.hf.support import batch_size, refuse_packed
-from hf_fngd.optimizer import FNGD
+from hf_fngd.methods import PlainOptimizer
 
 INDEX_COLUMN = "fngd_row"
 # Odd 64-bit constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers.
@@ -186,7 +187,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def announce(
-    optimizer: FNGD, model: nn.Module, inputs: Mapping[str, Any], rows: Sequence[int] | None
+    optimizer: LayerOptimizer,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    rows: Sequence[int] | None,
 ) -> None:
     """Tells the optimizer which samples the next forward pass holds.
 
@@ -199,18 +203,21 @@ def announce(
     Raises:
         FNGDError: For a packed batch.
     """
+    if isinstance(optimizer, PlainOptimizer):
+        return
     refuse_packed(inputs)
     size = batch_size(inputs)
     if size is None:
         return
     ids: Sequence[int] = range(size) if rows is None else rows
-    if optimizer.config.share == "sample" and rows is None:
+    share = getattr(optimizer.config, "share", None)
+    if share == "sample" and rows is None:
         config = getattr(model, "config", None)
         eos = getattr(config, "eos_token_id", None)
         ids = content_ids(
             inputs, getattr(config, "pad_token_id", None), eos if isinstance(eos, int) else -1
         )
-    labels = batch_labels(model, inputs) if optimizer.config.share == "label" else None
+    labels = batch_labels(model, inputs) if share == "label" else None
     optimizer.set_batch(ids, labels)
 
 
@@ -244,7 +251,7 @@ class SampleHook:
         optimizer: The optimizer.
     """
 
-    def __init__(self, optimizer: FNGD | None) -> None:
+    def __init__(self, optimizer: LayerOptimizer | None) -> None:
         self.optimizer = optimizer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102

@@ -10,37 +10,47 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.errors import FNGDError
+from hf_fngd.methods import PreconditionedOptimizer
 
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
-def refuse_unsupported(args: TrainingArguments) -> None:
+def refuse_unsupported(args: TrainingArguments, optimizer: type[LayerOptimizer]) -> None:
     """Refuses launches in which a layer's backward does not see whole weights and samples.
 
     Args:
         args: Training arguments.
+        optimizer: The optimizer's class.
 
     Raises:
-        FNGDError: For DataParallel, DeepSpeed and FSDP1.
+        FNGDError: For DataParallel, DeepSpeed, FSDP1, and any FSDP where the method changes whole
+            gradients at the optimizer step.
     """
+    title = optimizer.config_class.title
     if args.n_gpu > 1:
         raise FNGDError(
-            "FNGD does not work with torch.nn.DataParallel: start with torchrun or accelerate "
+            f"{title} does not work with torch.nn.DataParallel: start with torchrun or accelerate "
             "launch, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
     shared = AcceleratorState._shared_state
     kind = shared.get("distributed_type")
     if getattr(args, "deepspeed", None) or kind == DistributedType.DEEPSPEED:
         raise FNGDError(
-            "FNGD does not work with DeepSpeed, which hides gradients from the optimizer: use DDP "
-            "(torchrun) or FSDP2 (fsdp_version: 2)"
+            f"{title} does not work with DeepSpeed, which hides gradients from the optimizer: use "
+            "DDP (torchrun) or FSDP2 (fsdp_version: 2)"
+        )
+    if kind == DistributedType.FSDP and issubclass(optimizer, PreconditionedOptimizer):
+        raise FNGDError(
+            f"{title} does not work with FSDP, which divides the gradients that it needs as a "
+            "whole: use DDP (torchrun)"
         )
     plugin = shared.get("fsdp_plugin")
     if kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 1:
         raise FNGDError(
-            "FNGD does not work with FSDP1, which flattens the weights: set fsdp_version: 2, or "
-            "use DDP (torchrun)"
+            f"{title} does not work with FSDP1, which flattens the weights: set fsdp_version: 2, "
+            "or use DDP (torchrun)"
         )
 
 

@@ -9,29 +9,31 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
-from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.callback import FNGDCallback, unwrap_optimizer
+from hf_fngd.hf.callback import FNGDCallback, needs_scale, set_scale, unwrap_optimizer
 from hf_fngd.hf.loss_scale import LossScaleMixin
 from hf_fngd.hf.registry import (
-    RULE_OF_NAME,
+    OPTIMIZERS,
     config_from_args,
     optimizer_arguments,
     optimizer_name,
 )
 from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, with_index
-from hf_fngd.optimizer import FNGD
+from hf_fngd.settings import OptimizerConfig
 
 
 class FNGDMixin(LossScaleMixin):
-    """Trains with FNGD in any Trainer: `class MySFTTrainer(FNGDMixin, SFTTrainer): pass`.
+    """Trains with FNGD, or any method of the package, in any Trainer.
+
+    `class MySFTTrainer(FNGDMixin, SFTTrainer): pass` is all that a Trainer of one's own needs.
 
     Row numbers travel through the collator in an extra column, so coefficients are shared by sample
     even under random augmentation.
 
     Args:
         *args: Arguments of the Trainer.
-        fngd_config: Settings; by default they are read from `--optim_args`.
+        fngd_config: Settings; by default they are read from `--optim_args`. Their type says which
+            method it is: `FNGDConfig`, `KFACConfig`, `EvaConfig`, `TENGraDConfig`, `SENGConfig`.
         **kwargs: Keyword arguments of the Trainer.
 
     Raises:
@@ -43,7 +45,9 @@ class FNGDMixin(LossScaleMixin):
     train_dataset: Any
     data_collator: Any
 
-    def __init__(self, *args: Any, fngd_config: FNGDConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, fngd_config: OptimizerConfig | None = None, **kwargs: Any
+    ) -> None:
         self._fngd_config = fngd_config
         super().__init__(*args, **kwargs)
         self._fngd_callback = FNGDCallback(announces=False)
@@ -63,11 +67,19 @@ class FNGDMixin(LossScaleMixin):
         by_default = default.default if isinstance(default.default, str) else None
         name = optimizer_name(args)
         standard = {str(getattr(by_default, "value", by_default)), "adamw_torch_fused"}
-        if name not in RULE_OF_NAME and name not in standard | {"adamw_torch"}:
+        if name not in OPTIMIZERS and name not in standard | {"adamw_torch"}:
             raise FNGDError(
                 f"{type(self).__name__} trains with FNGD and --optim names {name}: leave it out, "
-                f"or choose {', '.join(RULE_OF_NAME)}, or use the plain Trainer"
+                f"or choose {', '.join(OPTIMIZERS)}, or use the plain Trainer"
             )
+        given = self._fngd_config
+        if given is not None and name in OPTIMIZERS:
+            kind = OPTIMIZERS[name][0]
+            if type(given) is not kind.config_class:
+                raise FNGDError(
+                    f"--optim {name} needs a {kind.config_class.__name__}, fngd_config is a "
+                    f"{type(given).__name__}: leave one of them out"
+                )
         if self._fngd_config is None:
             self._fngd_config = config_from_args(args)
         elif args.optim_args or args.optim_target_modules is not None:
@@ -77,8 +89,8 @@ class FNGDMixin(LossScaleMixin):
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             assert self._fngd_config is not None
             model = args[0] if args and args[0] is not None else self.model
-            arguments = optimizer_arguments(self.args, model, self._fngd_config)
-            self.optimizer_cls_and_kwargs = (FNGD, arguments)
+            found = optimizer_arguments(self.args, model, self._fngd_config)
+            self.optimizer_cls_and_kwargs = found
             try:
                 return super().create_optimizer(*args, **kwargs)
             finally:
@@ -103,11 +115,10 @@ class FNGDMixin(LossScaleMixin):
         optimizer = unwrap_optimizer(self.optimizer)
         if optimizer is not None:
             plain = self.accelerator.unwrap_model(model)
-            if optimizer.config.damping_mode == "absolute":
-                scaler = getattr(self.accelerator, "scaler", None)
+            if needs_scale(optimizer):
+                # The last window of an epoch may be shorter than the callback knows.
                 steps = getattr(self, "current_gradient_accumulation_steps", 1)
-                scale = scaler.get_scale() if scaler is not None else 1.0
-                optimizer.coefficients.accumulation = steps / scale
+                set_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
             announce(optimizer, plain, inputs, rows)
         return super().training_step(model, inputs, *args, **kwargs)
 

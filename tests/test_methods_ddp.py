@@ -1,0 +1,125 @@
+"""Two processes: every method gives what one process would, averaged where its paper says so."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_fngd import create_preconditioned_optimizer
+from tests.test_ddp import LAUNCHERS, both
+from tests.test_methods_trainer import SETTINGS as LEARNING
+from tests.test_runner import BATCHES, SCRIPT, run
+from tests.test_runner import SETTINGS as SCRIPT_SETTINGS
+
+SETTINGS = {
+    "kfac": {"kfac_solver": "inverse", "inverse_period": 1},
+    "kfac-eigen-reduce": {"kfac_approx": "reduce"},
+    "eva": {},
+    "tengrad": {"fisher_labels": "empirical"},
+    "seng": {"sketch_size": 0},
+    "seng-outer": {"sketch_size": 0, "big_layer_size": 10, "big_rank": 2},
+}
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
+    ).double()
+    data = torch.randn(12, 2, 6, 6, dtype=torch.float64), torch.arange(12) % 3
+    return model, *data
+
+
+def make(name, model):
+    method = name.partition("-")[0]
+    return create_preconditioned_optimizer(
+        model, method=method, lr=0.0, step_control="none", damping=0.3, **SETTINGS[name]
+    )
+
+
+def directions(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def train(rank, address, name, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    model, inputs, classes = build()
+    optimizer = make(name, model)
+    half = slice(6 * rank, 6 * rank + 6)
+    parallel = DistributedDataParallel(model)
+    nn.functional.cross_entropy(parallel(inputs[half]), classes[half]).backward()
+    optimizer.step()
+    torch.save(directions(model), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_directions_of_two_ranks(name, tmp_path):
+    torch.multiprocessing.spawn(train, (tmp_path / "store", name, tmp_path), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(value, found[1][n]) for n, value in found[0].items())
+    for key, expected in reference(name).items():
+        torch.testing.assert_close(found[0][key], expected, rtol=1e-9, atol=1e-12)
+
+
+def reference(name):
+    """Shared statistics: two micro-batches in one process. Others: mean of the halves' parts."""
+    halves = (slice(0, 6), slice(6, 12))
+    if name.startswith(("kfac", "eva")):
+        model, inputs, classes = build()
+        optimizer = make(name, model)
+        optimizer.tracker.accumulation = 2
+        for half in halves:
+            loss = nn.functional.cross_entropy(model(inputs[half]), classes[half]) / 2
+            loss.backward()
+        optimizer.step()
+        return directions(model)
+    model, inputs, classes = build()
+    nn.functional.cross_entropy(model(inputs), classes).backward()
+    total = directions(model)
+    parts = []
+    for half in halves:
+        model, inputs, classes = build()
+        optimizer = make(name, model)
+        nn.functional.cross_entropy(model(inputs[half]), classes[half]).backward()
+        optimizer.step()
+        for key, parameter in model.named_parameters():
+            parameter.grad = total[key].clone()
+        modules = optimizer.selection.chosen.values()
+        blocks = [
+            optimizer._join(module, adapter, lambda p: p.grad) for module, adapter in modules
+        ]
+        parts.append([layer.local_parts(m) for layer, m in zip(optimizer.layers, blocks)])
+    for layer, (module, adapter), m, *mine in zip(
+        optimizer.layers, optimizer.selection.chosen.values(), blocks, *parts
+    ):
+        v, _ = layer.combine(m, [(one + other) / 2 for one, other in zip(*mine)])
+        optimizer._write(module, adapter, v)
+    return directions(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kfac", "tengrad", "seng"])
+def test_ranks_agree_in_a_stock_script(name, tmp_path):
+    out = run(
+        SCRIPT,
+        "--output_dir",
+        str(tmp_path),
+        "--optim",
+        name,
+        "--optim_args",
+        LEARNING[name],
+        *SCRIPT_SETTINGS,
+        *BATCHES[:2],
+        "--gradient_accumulation_steps",
+        "2",
+        launcher=(*LAUNCHERS["torchrun"], "-m", "hf_fngd"),
+    )
+    assert out.returncode == 0, out.stderr
+    first, second = both(tmp_path, "weights")
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert all(value.isfinite().all() for value in first.values())
