@@ -14,7 +14,7 @@ from hf_fngd import FNGDError, register
 
 _USAGE = """usage: python -m hf_fngd SCRIPT [ARGUMENTS OF THE SCRIPT]
 
-Runs SCRIPT, unmodified, with the optimizer names fngd, fngd_adamw and fngd_muon known to
+Runs SCRIPT, unmodified, with the optimizer names fngd, kfac, eva and so on known to
 transformers: python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=0.1" ...
 """
 

@@ -10,22 +10,40 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from hf_fngd import FNGDConfig
+from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
+from hf_fngd.methods.base import PreconditionerConfig
+from hf_fngd.settings import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "bench" / "results"
 
 
+# Heading, and the classes of which the last one's settings are shown, but for those of the first.
+CONFIGS = {
+    "all methods": (object, OptimizerConfig),
+    "FNGD": (OptimizerConfig, FNGDConfig),
+    "KFAC, Eva, TENGraD and SENG": (OptimizerConfig, PreconditionerConfig),
+    "KFAC": (PreconditionerConfig, KFACConfig),
+    "Eva": (PreconditionerConfig, EvaConfig),
+    "TENGraD": (PreconditionerConfig, TENGraDConfig),
+    "SENG": (PreconditionerConfig, SENGConfig),
+}
+
+
 def settings() -> str:
-    """Makes the table of settings from the config dataclass.
+    """Makes the table of settings from the config dataclasses.
 
     Returns:
         Markdown.
     """
     lines = ["| name | default | meaning |", "|---|---|---|"]
-    for one in fields(FNGDConfig):
-        text = one.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `{one.name}` | `{one.default}` | {text} |")
+    for heading, (base, config) in CONFIGS.items():
+        known = {one.name: one.default for one in fields(base)} if base is not object else {}
+        lines.append(f"| **{heading}** | | |")
+        for one in fields(config):
+            if one.name not in known or one.default != known[one.name]:
+                text = one.metadata["help"].replace("|", "\\|")
+                lines.append(f"| `{one.name}` | `{one.default}` | {text} |")
     return "\n".join(lines)
 
 
