@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MarianConfig, MarianMTModel, set_seed
+from transformers import MarianConfig, MarianMTModel, PreTrainedModel, set_seed
 
 from hf_fngd import FNGD, create_fngd_optimizer
 
 
 @dataclass
 class Workload:
-    """Shapes of a small translation model and its batch."""
+    """Shapes of a model and its batch: a translation model, or ResNet-18 for 32x32 images."""
+
+    shapes: str = field(default="marian", metadata={"help": "marian or resnet18."})
+    width: int = field(default=64, metadata={"help": "ResNet-18: channels of the first stage."})
+    classes: int = field(default=100, metadata={"help": "ResNet-18: number of classes."})
 
     d_model: int = field(default=256, metadata={"help": "Width of the Marian model."})
     ffn_dim: int = field(default=1024, metadata={"help": "Width of its feed-forward blocks."})
@@ -28,14 +32,21 @@ class Workload:
     learning_rate: float = field(default=1e-3, metadata={"help": "Of all optimizers."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
 
-    def model(self) -> MarianMTModel:
+    def model(self) -> PreTrainedModel:
         """Builds the model, with the same random weights at every call.
 
         Returns:
             The model in training mode.
+
+        Raises:
+            SystemExit: For unknown shapes.
         """
         set_seed(0)
         torch.set_num_threads(self.threads)
+        if self.shapes == "resnet18":
+            return resnet18(self.width, self.classes).train()
+        if self.shapes != "marian":
+            raise SystemExit(f"--shapes {self.shapes}: choose marian or resnet18")
         config = MarianConfig(
             vocab_size=self.vocab_size,
             d_model=self.d_model,
@@ -53,11 +64,16 @@ class Workload:
         return MarianMTModel(config).train()
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Draws a batch of random tokens.
+        """Draws a batch of random tokens, or images.
 
         Returns:
             Inputs and labels.
         """
+        if self.shapes == "resnet18":
+            return {
+                "pixel_values": torch.randn(self.batch_size, 3, 32, 32),
+                "labels": torch.randint(0, self.classes, (self.batch_size,)),
+            }
         shape = (self.batch_size, self.length)
         source, target = torch.randint(1, self.vocab_size - 1, (2, *shape))
         return {
@@ -102,7 +118,7 @@ def make_step(workload: Workload, variant: str) -> Callable[[], None]:
 
 
 def _train(
-    model: MarianMTModel, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
 ) -> None:
     if isinstance(optimizer, FNGD):
         optimizer.set_batch(range(len(batch["input_ids"])))
