@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from hf_fngd import FNGD, FNGDConfig, FNGDError, create_fngd_optimizer
 
-
 FIELDS = [item.name for item in dataclasses.fields(FNGDConfig)]
 CHOICES = {
     item.name: item.metadata["choices"]

@@ -90,14 +90,12 @@ def reference(name):
         for key, parameter in model.named_parameters():
             parameter.grad = total[key].clone()
         modules = optimizer.selection.chosen.values()
-        blocks = [
-            optimizer._join(module, adapter, lambda p: p.grad) for module, adapter in modules
-        ]
-        parts.append([layer.local_parts(m) for layer, m in zip(optimizer.layers, blocks)])
+        blocks = [optimizer._join(module, adapter, lambda p: p.grad) for module, adapter in modules]
+        parts.append([layer.local_parts(m) for layer, m in zip(optimizer.layers, blocks, strict=False)])
     for layer, (module, adapter), m, *mine in zip(
-        optimizer.layers, optimizer.selection.chosen.values(), blocks, *parts
+        optimizer.layers, optimizer.selection.chosen.values(), blocks, *parts, strict=False
     ):
-        v, _ = layer.combine(m, [(one + other) / 2 for one, other in zip(*mine)])
+        v, _ = layer.combine(m, [(one + other) / 2 for one, other in zip(*mine, strict=False)])
         optimizer._write(module, adapter, v)
     return directions(model)
 

@@ -14,12 +14,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_fngd.layers import Call, LinearAdapter, gather_calls
 from hf_fngd.settings import OptimizerConfig, setting
+
+
+def step_control(default: str) -> Any:
+    """Declares how the length of the step is found.
+
+    Args:
+        default: The method's default.
+
+    Returns:
+        A dataclass field.
+    """
+    return setting(
+        default,
+        "Length of the step: none, kl_clip (all directions are shortened by one factor where the "
+        "predicted change exceeds kl_clip) or norm (each layer's gets the gradient's norm).",
+        choices=("none", "kl_clip", "norm"),
+        resumed=True,
+    )
 
 
 @dataclass
@@ -36,13 +55,7 @@ class PreconditionerConfig(OptimizerConfig):
     update_period: int = setting(
         1, "Optimizer steps from one update of the curvature to the next.", at_least=1, resumed=True
     )
-    step_control: str = setting(
-        "none",
-        "Length of the step: none, kl_clip (all directions are shortened by one factor where the "
-        "predicted change exceeds kl_clip) or norm (each layer's gets the gradient's norm).",
-        choices=("none", "kl_clip", "norm"),
-        resumed=True,
-    )
+    step_control: str = step_control("none")
     kl_clip: float = setting(
         1e-3, "Bound on lr²·⟨V, F V⟩, summed over layers, for step_control=kl_clip.", above=0.0
     )
@@ -190,6 +203,57 @@ class LayerCurvature:
         if self.config.damping_mode == "absolute":
             return torch.full_like(trace, self.config.damping)
         return self.config.damping * trace / count
+
+
+class AveragedCurvature(LayerCurvature):
+    """Curvature from statistics that are averaged over micro-batches and ranks."""
+
+    def __init__(self, config: Any, shape: torch.Size, seed: int) -> None:
+        super().__init__(config, shape, seed)
+        # Sums over micro-batches, and at the end their number.
+        self._pending: list[Tensor] | None = None
+        self._lost = False
+
+    def _describe(self, seen: Observed) -> list[Tensor]:
+        """Makes the statistics of one micro-batch.
+
+        Returns:
+            Tensors of the shapes of `_shapes`.
+        """
+        raise NotImplementedError
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Gives the shapes of the statistics.
+
+        Returns:
+            The same on every rank.
+        """
+        raise NotImplementedError
+
+    def observe(self, seen: Observed) -> None:  # noqa: D102
+        found = self._describe(seen)
+        found.append(found[0].new_ones(1))
+        if self._pending is not None:
+            found = [old + new for old, new in zip(self._pending, found, strict=True)]
+        self._pending = found
+
+    def statistics(self, like: Tensor) -> list[Tensor]:  # noqa: D102
+        pending = self._pending
+        self._lost = pending is not None and not all(bool(t.isfinite().all()) for t in pending)
+        if pending is None or self._lost:
+            pending = [like.new_zeros(shape) for shape in [*self._shapes(), (1,)]]
+        self._pending = pending
+        return pending
+
+    def _means(self) -> list[Tensor] | None:
+        """Ends the collection.
+
+        Returns:
+            The averages, or None where no rank has seen anything.
+        """
+        assert self._pending is not None
+        (*sums, count), self._pending = self._pending, None
+        return [one / count for one in sums] if float(count) > 0 else None
 
 
 def inverse_or_zero(damping: Tensor) -> Tensor:

@@ -16,7 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fngd.methods.base import LayerCurvature, Observed, PreconditionerConfig, alive
+from hf_fngd.methods.base import (
+    AveragedCurvature,
+    Observed,
+    PreconditionerConfig,
+    alive,
+    step_control,
+)
 from hf_fngd.settings import setting
 
 
@@ -30,13 +36,7 @@ class EvaConfig(PreconditionerConfig):
 
     title: ClassVar[str] = "Eva"
 
-    step_control: str = setting(
-        "kl_clip",
-        "Length of the step: none, kl_clip (all directions are shortened by one factor where the "
-        "predicted change exceeds kl_clip) or norm (each layer's gets the gradient's norm).",
-        choices=("none", "kl_clip", "norm"),
-        resumed=True,
-    )
+    step_control: str = step_control("kl_clip")
     stat_decay: float = setting(
         0.05,
         "Weight of the old vectors in the running average, in [0, 1); the authors' code has 0.05.",
@@ -46,46 +46,31 @@ class EvaConfig(PreconditionerConfig):
     )
 
 
-class EvaLayer(LayerCurvature):
+class EvaLayer(AveragedCurvature):
     """Eva for one layer; a grouped convolution has vectors for each group."""
 
     config: EvaConfig
 
-    def __init__(self, config: EvaConfig, shape: torch.Size, seed: int) -> None:
-        super().__init__(config, shape, seed)
-        self._pending: list[Tensor] | None = None
+    def _shapes(self) -> list[tuple[int, ...]]:
+        groups, d_out, d_in = self.shape
+        return [(groups, d_in), (groups, d_out)]
 
-    def observe(self, seen: Observed) -> None:  # noqa: D102
+    def _describe(self, seen: Observed) -> list[Tensor]:
         means = [_means(seen, x, g) for x, g, _ in seen.calls]
         mean_a, total_g = (sum(parts[1:], parts[0]) for parts in zip(*means, strict=True))
         mean_a = mean_a / len(means)
         if seen.joint:
             mean_a = torch.cat([mean_a, mean_a.new_ones(len(mean_a), 1)], 1)
-        mean_g = total_g * (seen.kappa / len(seen.calls[0][1]))
-        found = [mean_a, mean_g, mean_a.new_ones(1)]
-        if self._pending is not None:
-            found = [old + new for old, new in zip(self._pending, found, strict=True)]
-        self._pending = found
-
-    def statistics(self, like: Tensor) -> list[Tensor]:  # noqa: D102
-        groups, d_out, d_in = self.shape
-        self.lost = self._pending is not None and not all(
-            bool(t.isfinite().all()) for t in self._pending
-        )
-        if self._pending is None or self.lost:
-            shapes = ((groups, d_in), (groups, d_out), (1,))
-            self._pending = [like.new_zeros(shape) for shape in shapes]
-        return self._pending
+        return [mean_a, total_g * (seen.kappa / len(seen.calls[0][1]))]
 
     def update(self, step: int) -> bool:  # noqa: D102
-        assert self._pending is not None
-        (mean_a, mean_g, count), self._pending = self._pending, None
-        if float(count) > 0:
+        means = self._means()
+        if means is not None:
             keep = self.config.stat_decay
-            for name, value in (("a", mean_a / count), ("g", mean_g / count)):
+            for name, value in zip(("a", "g"), means, strict=True):
                 old = self.state.get(name)
                 self.state[name] = value if old is None else old.lerp(value, 1 - keep)
-        return not self.lost
+        return not self._lost
 
     def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
         if not self.state:
@@ -107,12 +92,9 @@ def _means(seen: Observed, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     adapter = seen.adapter
     if not adapter.may_pad:
         # Unfolding an image is linear, so that the mean image is enough.
-        a, total = adapter.canonical(
-            x.float().mean(0, keepdim=True)
-            if x.dtype != torch.float64
-            else x.mean(0, keepdim=True),
-            g.float().sum(0, keepdim=True) if g.dtype != torch.float64 else g.sum(0, keepdim=True),
-        )
+        precise = torch.promote_types(x.dtype, torch.float32)
+        mean_x = x.mean(0, keepdim=True, dtype=precise)
+        a, total = adapter.canonical(mean_x, g.sum(0, keepdim=True, dtype=precise))
         return a.mean((1, 2)), total.sum((1, 2))
     a, g = adapter.canonical(x, g)
     if a.dtype in (torch.float16, torch.bfloat16):

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hf_fngd.coefficients import inverse_of_shifted
 from hf_fngd.methods.base import (
-    LayerCurvature,
+    AveragedCurvature,
     Observed,
     PreconditionerConfig,
     alive,
     inverse_or_zero,
+    step_control,
 )
 from hf_fngd.settings import setting
 
@@ -37,13 +38,7 @@ class KFACConfig(PreconditionerConfig):
 
     title: ClassVar[str] = "KFAC"
 
-    step_control: str = setting(
-        "kl_clip",
-        "Length of the step: none, kl_clip (all directions are shortened by one factor where the "
-        "predicted change exceeds kl_clip) or norm (each layer's gets the gradient's norm).",
-        choices=("none", "kl_clip", "norm"),
-        resumed=True,
-    )
+    step_control: str = step_control("kl_clip")
     kfac_approx: str = setting(
         "expand",
         "Positions that share a weight: expand (each is a sample of its own; exact for sums over "
@@ -81,16 +76,16 @@ class KFACConfig(PreconditionerConfig):
     )
 
 
-class KFACLayer(LayerCurvature):
+class KFACLayer(AveragedCurvature):
     """KFAC for one layer; a grouped convolution has factors for each group."""
 
     config: KFACConfig
 
-    def __init__(self, config: KFACConfig, shape: torch.Size, seed: int) -> None:
-        super().__init__(config, shape, seed)
-        self._pending: list[Tensor] | None = None
+    def _shapes(self) -> list[tuple[int, ...]]:
+        groups, d_out, d_in = self.shape
+        return [(groups, d_in, d_in), (groups, d_out, d_out), ()]
 
-    def observe(self, seen: Observed) -> None:  # noqa: D102
+    def _describe(self, seen: Observed) -> list[Tensor]:
         a, g = seen.canonical()
         n = g.shape[1]
         if self.config.kfac_approx == "reduce":
@@ -108,40 +103,22 @@ class KFACLayer(LayerCurvature):
             rows = mask.sum((1, 2, 3)).clamp(min=1)
             factor_a = second_moment(a * mask) / rows.view(-1, 1, 1)
         factor_g = second_moment(g) * (self.config.loss_terms / n)
-        found = [factor_a, factor_g, factor_a.new_tensor([float(n), 1.0])]
-        if self._pending is not None:
-            found = [old + new for old, new in zip(self._pending, found, strict=True)]
-        self._pending = found
-
-    def statistics(self, like: Tensor) -> list[Tensor]:  # noqa: D102
-        groups, d_out, d_in = self.shape
-        pending = self._pending
-        if pending is None or not all(bool(t.isfinite().all()) for t in pending):
-            shapes = ((groups, d_in, d_in), (groups, d_out, d_out), (2,))
-            pending = [like.new_zeros(shape) for shape in shapes]
-            self.lost = self._pending is not None
-        else:
-            self.lost = False
-        self._pending = pending
-        return pending
+        return [factor_a, factor_g, factor_a.new_tensor(float(n))]
 
     def update(self, step: int) -> bool:  # noqa: D102
-        assert self._pending is not None
-        (factor_a, factor_g, counts), self._pending = self._pending, None
-        micro_batches = counts[1]
-        if float(micro_batches) == 0:
-            return not self.lost
+        means = self._means()
+        if means is None:
+            return not self._lost
         state = self.state
         done = int(state["updates"]) if state else 0
         keep = min(1 - 1 / (done + 1), self.config.stat_decay)
-        for name, value in (("a", factor_a), ("g", factor_g), ("samples", counts[0])):
-            new = value / micro_batches
+        for name, new in zip(("a", "g", "samples"), means, strict=True):
             state[name] = state[name].lerp(new, 1 - keep) if done else new
         state["updates"] = torch.tensor(done + 1)
         if not done or step - int(state["inverted_at"]) >= self.config.inverse_period:
             self._invert()
             state["inverted_at"] = torch.tensor(step)
-        return not self.lost
+        return not self._lost
 
     def _invert(self) -> None:
         state = self.state

@@ -21,9 +21,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
 from kinds_of_steps import VARIANTS, Runner
 from memory import peak_mib
+from transformers import HfArgumentParser
 from workload import Workload, write_results
 
 
@@ -59,9 +59,7 @@ def chosen(options: Options) -> list[str]:
     return [label for label in known if not options.methods or label in ("sgd", *options.methods)]
 
 
-def time_steps(
-    workload: Workload, options: Options
-) -> dict[str, dict[str, list[float]]]:
+def time_steps(workload: Workload, options: Options) -> dict[str, dict[str, list[float]]]:
     """Times all kinds of steps, interleaved; the first round is not counted.
 
     Args:
