@@ -91,11 +91,12 @@ def reference(name):
             parameter.grad = total[key].clone()
         modules = optimizer.selection.chosen.values()
         blocks = [optimizer._join(module, adapter, lambda p: p.grad) for module, adapter in modules]
-        parts.append([layer.local_parts(m) for layer, m in zip(optimizer.layers, blocks, strict=False)])
+        pairs = zip(optimizer.layers, blocks, strict=True)
+        parts.append([layer.local_parts(m) for layer, m in pairs])
     for layer, (module, adapter), m, *mine in zip(
-        optimizer.layers, optimizer.selection.chosen.values(), blocks, *parts, strict=False
+        optimizer.layers, optimizer.selection.chosen.values(), blocks, *parts, strict=True
     ):
-        v, _ = layer.combine(m, [(one + other) / 2 for one, other in zip(*mine, strict=False)])
+        v, _ = layer.combine(m, [(one + other) / 2 for one, other in zip(*mine, strict=True)])
         optimizer._write(module, adapter, v)
     return directions(model)
 
