@@ -67,6 +67,33 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def methods() -> str:
+    """Makes the table of all methods' time and memory from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    found = [
+        json.loads((RESULTS / name).read_text())
+        for name in ("methods_resnet18.json", "methods_multi30k.json")
+    ]
+    lines = ["| | ResNet-18: step | memory | Transformer: step | memory |", "|---|---:|---:|---:|---:|"]
+    for name in found[0]["results"]:
+        cells = []
+        for report in found:
+            row = report["results"][name]
+            cells.append(f"{row['ratio']:.2f} ({row['lowest_ratio']:.2f}-{row['highest_ratio']:.2f})")
+            cells.append(f"{row['memory_ratio']:.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    base = [report["results"]["sgd"]["seconds"] for report in found]
+    lines += [
+        "",
+        f"Ratios to SGD ({base[0]:.1f} s and {base[1]:.1f} s a step), medians and range of "
+        f"interleaved rounds. Machine: {found[0]['machine']}, torch {found[0]['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
 def fill(text: str) -> str:
     """Puts the tables between their marks.
 
@@ -76,7 +103,7 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for name, table in (("settings", settings()), ("costs", costs())):
+    for name, table in (("settings", settings()), ("costs", costs()), ("methods", methods())):
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         block = f"{begin}\n{table}\n{end}"

@@ -99,7 +99,7 @@ class SENGLayer(BlockCurvature):
             return self._describe_big(*_low_rank(a, g, self.config.big_rank), seen.step)
         block = SampleBlock.of(a, g, whole=True)
         u = block.tensors["u"]
-        found = {**block.tensors, "trace": u.square().sum()}
+        found = {**block.tensors, "trace": torch.linalg.vector_norm(u).square()}
         if not self.sketched:
             return {**found, "gram": block.gram()}
         size = self.shape.numel()

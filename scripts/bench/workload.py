@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,31 @@ import torch
 from transformers import MarianConfig, MarianMTModel, PreTrainedModel, set_seed
 
 from hf_fngd import FNGD, create_fngd_optimizer
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification  # noqa: E402
+
+
+def cifar_resnet18(width: int, classes: int) -> PreTrainedModel:
+    """Builds ResNet-18 for 32x32 images.
+
+    Args:
+        width: Channels of the first stage.
+        classes: Number of classes.
+
+    Returns:
+        The model.
+    """
+    return CifarResNetForImageClassification(
+        CifarResNetConfig(
+            embedding_size=width,
+            hidden_sizes=[width * factor for factor in (1, 2, 4, 8)],
+            depths=[2, 2, 2, 2],
+            layer_type="basic",
+            num_labels=classes,
+            problem_type="single_label_classification",
+        )
+    )
 
 
 @dataclass
@@ -44,7 +70,7 @@ class Workload:
         set_seed(0)
         torch.set_num_threads(self.threads)
         if self.shapes == "resnet18":
-            return resnet18(self.width, self.classes).train()
+            return cifar_resnet18(self.width, self.classes).train()
         if self.shapes != "marian":
             raise SystemExit(f"--shapes {self.shapes}: choose marian or resnet18")
         config = MarianConfig(
