@@ -130,7 +130,7 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             values, settings = outcome.chosen["searched"], outcome.chosen["settings"]
             rate = settings.get("learning_rate")
             row["learning rate"] = NONE if rate is None else f"{rate:g}"
-            row["other settings"] = optim_args(outcome.optimizer, values) or NONE
+            row["other settings"] = _cell(optim_args(outcome.optimizer, values) or NONE)
         rows.append(row)
     command = ["python", "scripts/compare_optimizers.py", str(plan.path), "--results", str(folder)]
     seeds = ", ".join(map(str, plan.final_seeds))
@@ -140,7 +140,7 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
         "",
         tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
         "",
-        f"Final runs: mean ± sample standard deviation over the seeds {seeds}. Settings: those of "
+        f"Final runs: mean ± sample standard deviation; seeds: {seeds}. Settings: those of "
         f"the trial with the {better} {plan.objective}, of {plan.trials} for each optimizer "
         "(search.md). Training loss: the last logged one.",
         *_notes(plan, found),
@@ -172,7 +172,7 @@ def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
                     **{name: f"{number:g}" for name, number in trial["searched"].items()},
                     plan.objective: f"**{shown}**" if best else shown,
                     "status": trial["status"],
-                    "reason": (trial["reason"] or "").replace("|", "\\|"),
+                    "reason": _cell(trial["reason"] or ""),
                     "seconds": f"{trial['total_seconds']:.0f}",
                 }
             )
@@ -203,6 +203,10 @@ def spread(numbers: Sequence[float]) -> str:
     return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def _mean(numbers: Sequence[float]) -> str:
     return f"{statistics.mean(numbers):.4g}" if numbers else NONE
 
@@ -228,8 +232,8 @@ def _notes(plan: Plan, found: Sequence[Outcome]) -> list[str]:
                 if run["status"] != "ok":
                     told = f"{run['status']} ({run['reason']})"
                     notes.append(f"{label}: {run['run']} {told} and is not part of the means.")
-        if any(run["evaluation_in_seconds"] for run in outcome.usable):
-            notes.append(f"{label}: the seconds include the evaluations during training.")
+    if any(run["evaluation_in_seconds"] for outcome in found for run in outcome.usable):
+        notes.append("The seconds include the evaluations during training.")
     return ["", *(f"- {note}" for note in notes)] if notes else []
 
 

@@ -83,7 +83,7 @@ def _metrics(path: Path, code: int, stderr: Path) -> tuple[dict[str, Any], str |
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         if code < 0:
             last = f"ended by {signal.Signals(-code).name}; last message: {last}"
-        return {}, last[:500]
+        return {}, last[:300]
     try:
         return json.loads(path.read_text(encoding="utf-8")), None
     except (OSError, ValueError):
