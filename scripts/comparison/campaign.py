@@ -1,0 +1,139 @@
+"""Works through a plan, one run after the other, and skips what was made before."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from comparison import results
+from comparison.jobs import Job, final_jobs, search_jobs
+from comparison.plan import Plan, PlanError
+from comparison.run import execute
+from comparison.search import choose
+
+
+class Campaign:
+    """The runs of a plan.
+
+    Args:
+        plan: The plan.
+        folder: Folder of results.
+        work: Folder of settings, messages and models.
+        only: Labels to run; default: all.
+        max_minutes: No run starts after this many minutes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        work: Path,
+        only: Sequence[str] | None = None,
+        max_minutes: float | None = None,
+    ) -> None:
+        self.plan, self.folder, self.work = plan, folder, work
+        self.labels = [label for label in plan.optimizers if not only or label in only]
+        self.end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.trials = search_jobs(plan)
+
+    def check(self) -> None:
+        """Reads every earlier result, so that a changed plan is refused before anything runs."""
+        for label in self.labels:
+            chosen = choice(self.plan, self.folder, self.trials[label])
+            for job in final_jobs(self.plan, label, chosen["searched"]) if chosen else ():
+                self._read(job)
+
+    def search(self) -> None:
+        """Makes the missing trials."""
+        self._make([self.trials[label] for label in self.labels])
+
+    def final(self, strict: bool) -> None:
+        """Makes the missing final runs of the optimizers whose search is complete.
+
+        Args:
+            strict: Refuse an incomplete search instead of leaving it for the next time.
+
+        Raises:
+            PlanError: If strict, and a search is incomplete.
+        """
+        jobs = []
+        for label in self.labels:
+            missing = sum(self._read(job) is None for job in self.trials[label])
+            if missing and strict:
+                raise PlanError(f"{missing} trials of {label} are missing: run --stage search")
+            chosen = choice(self.plan, self.folder, self.trials[label])
+            if chosen:
+                jobs.append(final_jobs(self.plan, label, chosen["searched"]))
+            elif not missing:
+                print(f"{label}: no trial ended with a finite {self.plan.objective}: no final runs")
+        self._make(jobs)
+
+    def _read(self, job: Job) -> dict[str, Any] | None:
+        return results.read(self.folder, job, self.plan.script.name)
+
+    def _make(self, columns: Sequence[Sequence[Job]]) -> None:
+        # Optimizers take turns, so that a slow hour of the machine does not hit one alone.
+        jobs = [job for row in zip_longest(*columns) for job in row if job is not None]
+        todo = [job for job in jobs if self._read(job) is None]
+        if len(todo) < len(jobs):
+            print(f"{len(jobs) - len(todo)} of {len(jobs)} runs were made before", flush=True)
+        if not todo:
+            return
+        with _locked(self.work) as lock:
+            for number, job in enumerate(todo, start=1):
+                if self.end is not None and time.monotonic() > self.end:
+                    left = len(todo) - number + 1
+                    print(f"time is up, {left} runs left; the same command goes on", flush=True)
+                    return
+                if self._read(job) is not None:  # made by a process that was waited for
+                    continue
+                result = execute(self.plan, job, self.work, lock)
+                results.write(results.result_path(self.folder, job), result)
+                print(f"[{number}/{len(todo)}] {_line(job, result)}", flush=True)
+
+
+def choice(plan: Plan, folder: Path, jobs: Sequence[Job]) -> dict[str, Any] | None:
+    """Finds the best trial of a complete search.
+
+    Args:
+        plan: The plan.
+        folder: Folder of results.
+        jobs: The trials of one optimizer.
+
+    Returns:
+        Its result; None if trials are missing or none was usable.
+    """
+    found = [results.read(folder, job, plan.script.name) for job in jobs]
+    return None if None in found else choose(plan, found)
+
+
+def _line(job: Job, result: dict[str, Any]) -> str:
+    values = " ".join(f"{name}={value:g}" for name, value in job.searched.items())
+    told = result["reason"] or f"{result['objective_name']} {result['objective']:.5g}"
+    seconds = result["total_seconds"]
+    return f"{job.label} {job.name} {values}: {result['status']}, {told}, {seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[int]:
+    """Waits until no other comparison, and no training process it left, uses the folder.
+
+    The training process inherits the descriptor, so the lock outlives a killed comparison for just
+    as long as its last run does.
+
+    Yields:
+        The descriptor.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting: another run is still going on in {work}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()

@@ -1,0 +1,100 @@
+"""Which runs a plan consists of, each with the exact settings of its training script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from comparison.plan import Optimizer, Plan
+from comparison.search import draw
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; `settings` is what the training script gets, but for the output folder."""
+
+    label: str
+    name: str
+    final: bool
+    searched: dict[str, float]
+    settings: dict[str, Any]
+
+
+def search_jobs(plan: Plan) -> dict[str, list[Job]]:
+    """Gives the trials of every optimizer.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        For each label, its trials in order.
+    """
+    # A search run must not see the test set.
+    common = {**plan.search_overrides, "do_predict": False}
+    return {
+        label: [
+            Job(label, f"search-{n:02d}", False, values, _settings(plan, optimizer, values, common))
+            for n, values in enumerate(draw(optimizer, plan.trials, plan.seed), start=1)
+        ]
+        for label, optimizer in plan.optimizers.items()
+    }
+
+
+def final_jobs(plan: Plan, label: str, values: Mapping[str, float]) -> list[Job]:
+    """Gives the final runs of one optimizer.
+
+    Args:
+        plan: The plan.
+        label: The optimizer.
+        values: What the search chose.
+
+    Returns:
+        A run for each seed.
+    """
+    jobs = []
+    for seed in plan.final_seeds:
+        common = {"seed": seed, "do_predict": bool(plan.final_metrics)}
+        settings = _settings(plan, plan.optimizers[label], values, common)
+        jobs.append(Job(label, f"final-seed{seed}", True, dict(values), settings))
+    return jobs
+
+
+def optim_args(optimizer: Optimizer, values: Mapping[str, float]) -> str | None:
+    """Writes an optimizer's own settings as `--optim_args` wants them.
+
+    Args:
+        optimizer: Its fixed settings.
+        values: Searched values; `learning_rate` is the Trainer's, not the optimizer's.
+
+    Returns:
+        `name=value,name=value`, or None if there are none.
+    """
+    own = {name: value for name, value in values.items() if name != "learning_rate"}
+    return ",".join(f"{n}={_text(v)}" for n, v in {**optimizer.optim_args, **own}.items()) or None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "|".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
+def _settings(
+    plan: Plan, optimizer: Optimizer, values: Mapping[str, float], common: Mapping[str, Any]
+) -> dict[str, Any]:
+    settings = {
+        # Else the Trainer logs an average of the past in place of NaN.
+        "logging_nan_inf_filter": False,
+        **plan.base,
+        "do_train": True,
+        "do_eval": True,
+        **common,
+        "optim": optimizer.optim,
+    }
+    own = optim_args(optimizer, values)
+    if own:
+        settings["optim_args"] = own
+    if "learning_rate" in values:
+        settings["learning_rate"] = values["learning_rate"]
+    return settings

@@ -1,0 +1,259 @@
+"""Tables of what a comparison found, made from the result files alone."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from comparison import curves, results
+from comparison.campaign import choice
+from comparison.jobs import final_jobs, optim_args, search_jobs
+from comparison.plan import Optimizer, Plan
+from comparison.search import at_edge
+
+NONE = "–"
+
+
+@dataclass
+class Outcome:
+    """What is known of one optimizer so far."""
+
+    optimizer: Optimizer
+    trials: list[dict[str, Any]]
+    chosen: dict[str, Any] | None
+    finals: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def usable(self) -> list[dict[str, Any]]:
+        """The final runs that ended well."""
+        return [run for run in self.finals if run["status"] == "ok"]
+
+    def numbers(self, name: str) -> list[float]:
+        """Gathers one number over the final runs that ended well.
+
+        Args:
+            name: Key of the result, or name of a test metric.
+
+        Returns:
+            A number for each run that has it.
+        """
+        places = ((run, run["test"]) for run in self.usable)
+        found = (run.get(name, test.get(name, test.get(f"test_{name}"))) for run, test in places)
+        return [value for value in found if value is not None]
+
+
+def outcomes(plan: Plan, folder: Path) -> list[Outcome]:
+    """Reads every result of a plan.
+
+    Args:
+        plan: The plan.
+        folder: Folder of results.
+
+    Returns:
+        One outcome for each optimizer, in the order of the plan.
+    """
+    found = []
+    for label, jobs in search_jobs(plan).items():
+        chosen = choice(plan, folder, jobs)
+        final = final_jobs(plan, label, chosen["searched"]) if chosen else []
+        trials, finals = (
+            [run for job in some if (run := results.read(folder, job, plan.script.name))]
+            for some in (jobs, final)
+        )
+        found.append(Outcome(plan.optimizers[label], trials, chosen, finals))
+    return found
+
+
+def write_report(plan: Plan, folder: Path) -> list[Path]:
+    """Writes table.md, search.md and, once there are final runs, curves.png.
+
+    Args:
+        plan: The plan.
+        folder: Folder of results.
+
+    Returns:
+        The files.
+    """
+    found = outcomes(plan, folder)
+    pages = {"table.md": table(plan, folder, found), "search.md": search_table(plan, found)}
+    for name, text in pages.items():
+        results.write_text(folder / name, text)
+    written = [folder / name for name in pages]
+    series = {outcome.optimizer.label: outcome.usable for outcome in found if outcome.usable}
+    if series:
+        curves.plot(folder / "curves.png", series, plan.objective)
+        written.append(folder / "curves.png")
+    return written
+
+
+def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
+    """Makes the page with one row for each optimizer.
+
+    Args:
+        plan: The plan.
+        folder: Folder of results, for the command.
+        found: What is known.
+
+    Returns:
+        Markdown.
+    """
+    first = found[0].numbers("seconds_per_step")
+    rows = []
+    for outcome in found:
+        step = outcome.numbers("seconds_per_step")
+        ratio = statistics.mean(step) / statistics.mean(first) if step and first else None
+        status = [trial["status"] for trial in outcome.trials]
+        row = {
+            "optimizer": outcome.optimizer.label,
+            "learning rate": NONE,
+            "other settings": NONE,
+            "trials": len(status),
+            "ok / diverged / failed": " / ".join(
+                str(status.count(one)) for one in ("ok", "diverged", "failed")
+            ),
+            "final runs": f"{len(outcome.usable)} of {len(plan.final_seeds)}",
+            **{f"test {name}": spread(outcome.numbers(name)) for name in plan.final_metrics},
+            plan.objective: spread(outcome.numbers("objective")),
+            "training loss": spread(outcome.numbers("train_loss")),
+            "s / step": _mean(step),
+            f"against {found[0].optimizer.label}": NONE if ratio is None else f"{ratio:.2f}",
+            "training s": _mean(outcome.numbers("train_seconds")),
+        }
+        if outcome.chosen:
+            values, settings = outcome.chosen["searched"], outcome.chosen["settings"]
+            rate = settings.get("learning_rate")
+            row["learning rate"] = NONE if rate is None else f"{rate:g}"
+            row["other settings"] = _cell(optim_args(outcome.optimizer, values) or NONE)
+        rows.append(row)
+    command = ["python", "scripts/compare_optimizers.py", str(plan.path), "--results", str(folder)]
+    seeds = ", ".join(map(str, plan.final_seeds))
+    better = "largest" if plan.more_is_better else "smallest"
+    lines = [
+        f"    {shlex.join(command)}",
+        "",
+        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
+        "",
+        f"Final runs: mean ± sample standard deviation; seeds: {seeds}. Settings: those of "
+        f"the trial with the {better} {plan.objective}, of {plan.trials} for each optimizer "
+        "(search.md). Training loss: the last logged one.",
+        *_notes(plan, found),
+        *_machine(found),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
+    """Makes the page with every trial.
+
+    Args:
+        plan: The plan.
+        found: What is known.
+
+    Returns:
+        Markdown.
+    """
+    lines = [f"Every trial, by {plan.objective} on the validation set; **bold**: chosen."]
+    for outcome in found:
+        rows = []
+        for trial in outcome.trials:
+            value = trial["objective"]
+            shown = NONE if value is None else f"{value:.5g}"
+            best = outcome.chosen is not None and trial["run"] == outcome.chosen["run"]
+            rows.append(
+                {
+                    "trial": trial["run"],
+                    **{name: f"{number:g}" for name, number in trial["searched"].items()},
+                    plan.objective: f"**{shown}**" if best else shown,
+                    "status": trial["status"],
+                    "reason": _cell(trial["reason"] or ""),
+                    "seconds": f"{trial['total_seconds']:.0f}",
+                }
+            )
+        ranges = ", ".join(
+            f"{name} {low:g} to {high:g}" for name, (low, high) in outcome.optimizer.search.items()
+        )
+        lines += ["", f"## {outcome.optimizer.label}", "", f"Ranges: {ranges}.", ""]
+        body = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+        lines.append(body or "No trial yet.")
+    return "\n".join(lines) + "\n"
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """Writes mean and sample standard deviation, the mean to four digits.
+
+    Args:
+        numbers: One for each seed.
+
+    Returns:
+        Text; without a deviation for a single number.
+    """
+    if not numbers:
+        return NONE
+    mean = statistics.mean(numbers)
+    digits = 3 if mean == 0 else max(0, 3 - math.floor(math.log10(abs(mean))))
+    if len(numbers) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _mean(numbers: Sequence[float]) -> str:
+    return f"{statistics.mean(numbers):.4g}" if numbers else NONE
+
+
+def _notes(plan: Plan, found: Sequence[Outcome]) -> list[str]:
+    notes = []
+    for outcome in found:
+        label, trials = outcome.optimizer.label, outcome.trials
+        if len(trials) < plan.trials:
+            notes.append(f"{label}: {len(trials)} of {plan.trials} trials made so far.")
+        elif outcome.chosen is None:
+            notes.append(
+                f"{label}: no trial ended with a finite {plan.objective}, so there are no final "
+                f"runs; the last one: {trials[-1]['reason']}."
+            )
+        else:
+            edges = at_edge(outcome.optimizer, outcome.chosen["searched"])
+            notes += [f"{label}: {text}." for text in edges]
+            left = len(plan.final_seeds) - len(outcome.finals)
+            if left:
+                notes.append(f"{label}: {left} of {len(plan.final_seeds)} final runs are missing.")
+            for run in outcome.finals:
+                if run["status"] != "ok":
+                    told = f"{run['status']} ({run['reason']})"
+                    notes.append(f"{label}: {run['run']} {told} and is not part of the means.")
+    if any(run["evaluation_in_seconds"] for outcome in found for run in outcome.usable):
+        notes.append("The seconds include the evaluations during training.")
+    return ["", *(f"- {note}" for note in notes)] if notes else []
+
+
+def _machine(found: Sequence[Outcome]) -> list[str]:
+    machines: list[Mapping[str, Any]] = []
+    for outcome in found:
+        for run in [*outcome.trials, *outcome.finals]:
+            # A failed run tells less; what it tells is no other machine.
+            if run["status"] != "failed" and run["environment"] not in machines:
+                machines.append(run["environment"])
+    told = []
+    for one in machines:
+        versions = ", ".join(f"{name} {number}" for name, number in one.get("versions", {}).items())
+        threads = one["OMP_NUM_THREADS"]
+        told.append(
+            f"{one.get('device', one['machine'])}, {one['cores']} cores"
+            + (f", OMP_NUM_THREADS={threads}" if threads else "")
+            + (f"; {versions}" if versions else "")
+        )
+    if len(told) > 1:
+        return ["", "**The runs were made on different machines or versions**, so their seconds "
+                "do not compare:", *("- " + one for one in told)]  # fmt: skip
+    return ["", f"Machine: {told[0]}."] if told else []
