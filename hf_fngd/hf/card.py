@@ -16,6 +16,9 @@ from transformers import Trainer
 
 FNGD_TAGS = ["fngd", "natural-gradient", "hf_fngd"]
 _BEGIN, _END = "<!-- hf_fngd: begin -->", "<!-- hf_fngd: end -->"
+_METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "Accuracy"}
+# What loads a model of a task, beside the model: by default what translation needs.
+_LOADERS = {"image-classification": ("AutoImageProcessor", "AutoModelForImageClassification")}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CITATION = """@article{fngd2024,
   title  = {Fast Natural Gradient Descent},
@@ -47,6 +50,7 @@ class CardFacts:
         signatures: sacrebleu signatures by metric name.
         curves: File name of the plot, beside the card.
         limits: Sentences on what the model cannot do.
+        custom_code: Whether the model's class lies beside the model instead of in transformers.
     """
 
     model_name: str
@@ -67,6 +71,7 @@ class CardFacts:
     signatures: dict[str, str] = field(default_factory=dict)
     curves: str | None = None
     limits: list[str] = field(default_factory=list)
+    custom_code: bool = False
 
     @property
     def is_fngd(self) -> bool:
@@ -91,7 +96,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
             dataset_name=tested,
             metric_type=name,
             metric_value=round(value, 4),
-            metric_name={"bleu": "BLEU", "chrf": "chrF"}.get(name, name),
+            metric_name=_METRIC_NAMES.get(name, name),
         )
         for name, value in facts.metrics.items()
     ]
@@ -172,10 +177,14 @@ def _results(facts: CardFacts) -> str:
     lines += ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     rows = {"this model": facts.metrics, **facts.baselines}
     for label, scores in rows.items():
-        cells = (f"{scores[name]:.2f}" if name in scores else "" for name in names)
+        cells = (_number(name, scores[name]) if name in scores else "" for name in names)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- {name}: `{text}`" for name, text in facts.signatures.items())]
     return "\n".join(lines).rstrip()
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "accuracy" else f"{value:.2f}"
 
 
 def _training(facts: CardFacts) -> str:
@@ -203,11 +212,14 @@ def _training(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
+    loader, model = _LOADERS.get(facts.task, ("AutoTokenizer", "AutoModelForSeq2SeqLM"))
+    variable = "processor" if "Processor" in loader else "tokenizer"
+    trust = ", trust_remote_code=True" if facts.custom_code else ""
     code = (
-        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
+        f"from transformers import {', '.join(sorted((loader, model)))}\n\n"
         'folder = "..."  # this repository or folder\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForSeq2SeqLM.from_pretrained(folder)\n"
+        f"{variable} = {loader}.from_pretrained(folder)\n"
+        f"model = {model}.from_pretrained(folder{trust})\n"
     )
     note = (
         "\n\n`training_args.bin` names an optimizer that transformers does not know by itself: "

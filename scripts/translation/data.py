@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
+from common.arguments import InputError
+from common.source import SPLITS, first_rows, load_file, load_hub
 from transformers import PreTrainedTokenizerBase
 
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what to do."""
+BUILDERS = dict.fromkeys((".json", ".json.gz", ".jsonl.gz", ".jsonl"), "json")
 
 
 @dataclass
@@ -58,21 +57,6 @@ class DataArguments:
         default=None, metadata={"help": "Use only the first test rows."}
     )
 
-    def describe(self, split: str) -> str:
-        """Names the data of one split for the model card.
-
-        Args:
-            split: `train`, `validation` or `test`.
-
-        Returns:
-            The label, the Hub id, or the name of the split's local file.
-        """
-        if self.dataset_label:
-            return self.dataset_label
-        if self.dataset_name:
-            return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
-        return Path(getattr(self, f"{split}_file") or "").name
-
 
 def load_pairs(args: DataArguments) -> datasets.DatasetDict:
     """Loads and checks all splits.
@@ -88,17 +72,11 @@ def load_pairs(args: DataArguments) -> datasets.DatasetDict:
         InputError: For a missing file, an empty split, or rows without text in both languages.
     """
     raw = _load(args)
-    bounds = {
-        "train": args.max_train_samples,
-        "validation": args.max_eval_samples,
-        "test": args.max_predict_samples,
+    pairs = {
+        split: _check(split, first_rows(raw[split], split, args), args)
+        for split in SPLITS
+        if split in raw
     }
-    pairs = {}
-    for split, bound in bounds.items():
-        if split in raw:
-            rows = raw[split]
-            rows = rows if bound is None else rows.select(range(min(bound, len(rows))))
-            pairs[split] = _check(split, rows, args)
     if not pairs:
         raise InputError("no data: give --train_file, --validation_file, --test_file or a data set")
     return datasets.DatasetDict(pairs)
@@ -145,41 +123,14 @@ def tokenize(
 
 def _load(args: DataArguments) -> datasets.DatasetDict:
     if args.dataset_name:
-        try:
-            return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"cannot load the data set {args.dataset_name!r}: {reason}") from None
-    named = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    files = {split: name for split, name in named.items() if name}
-    for split, name in files.items():
-        if not Path(name).is_file():
-            raise InputError(f"--{split}_file: there is no file {name!r}: check the path")
-        if not name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
-            raise InputError(f"--{split}_file: {name!r} is no .json, .jsonl or .jsonl.gz file")
-        if Path(name).stat().st_size == 0:
-            raise InputError(f"--{split}_file: {name!r} is empty: give a file with rows")
-    # One split at a time: the error then names its file.
-    splits = {}
-    for split, name in files.items():
-        try:
-            splits[split] = datasets.load_dataset("json", data_files=name, split="train")
-        except (
-            datasets.exceptions.DatasetGenerationError,
-            ValueError,
-            OSError,
-            EOFError,
-        ) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise InputError(
-                f"--{split}_file: {name!r} is not JSON lines, or a damaged .gz: {reason}"
-            ) from None
-    return datasets.DatasetDict(splits)
+        return load_hub(args.dataset_name, args.dataset_config_name)
+    named = {split: getattr(args, f"{split}_file") for split in SPLITS}
+    return datasets.DatasetDict(
+        {split: load_file(split, name, BUILDERS) for split, name in named.items() if name}
+    )
 
 
 def _check(split: str, rows: datasets.Dataset, args: DataArguments) -> datasets.Dataset:
-    if len(rows) == 0:
-        raise InputError(f"the {split} set has no rows: give one with sentence pairs")
     if "translation" not in rows.column_names:
         raise InputError(
             f"the {split} set has the columns {', '.join(rows.column_names)} but no `translation`: "

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import sentencepiece
+from common.arguments import InputError
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -20,8 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
-from translation.data import InputError
 
 
 @dataclass

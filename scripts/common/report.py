@@ -6,32 +6,40 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import accelerate
 import datasets
 import matplotlib
-import sacrebleu
 import torch
 import transformers
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import hf_fngd
+from common.source import describe
+from hf_fngd.hf.callback import unwrap_optimizer
+from hf_fngd.hf.card import CardFacts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+LABELS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy"}
 
-def environment() -> dict[str, Any]:
+
+def environment(*more: ModuleType) -> dict[str, Any]:
     """Describes where and how the run was made.
+
+    Args:
+        *more: Modules whose version matters, beside the usual ones.
 
     Returns:
         Command, versions and device.
     """
-    modules = (hf_fngd, torch, transformers, accelerate, datasets, sacrebleu)
+    modules = (hf_fngd, torch, transformers, accelerate, datasets, *more)
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -57,42 +65,41 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_predictions(
-    path: Path, sources: Sequence[str], references: Sequence[str], predictions: Sequence[str]
-) -> None:
-    """Writes one JSON object a sentence.
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a row.
 
     Args:
         path: The file.
-        sources: Source sentences.
-        references: Reference translations.
-        predictions: Translations.
+        rows: Builtins.
     """
     with path.open("w", encoding="utf-8") as file:
-        for source, reference, prediction in zip(sources, references, predictions, strict=True):
-            row = {"source": source, "reference": reference, "prediction": prediction}
+        for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
-    """Draws training and validation loss, and BLEU, against steps.
+def plot_curves(
+    path: Path, history: Sequence[dict[str, Any]], title: str, metric: str, loss_label: str
+) -> None:
+    """Draws training and validation loss, and one metric, against steps.
 
     Args:
         path: PNG file.
         history: The Trainer's log history.
         title: Title of the figure.
+        metric: Name of the metric, as in `LABELS`.
+        loss_label: What the loss is.
     """
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, key, label in (
         (left, "loss", "training loss"),
         (left, "eval_loss", "validation loss"),
-        (right, "eval_bleu", "validation BLEU"),
+        (right, f"eval_{metric}", f"validation {LABELS[metric]}"),
     ):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             marker = "o" if key.startswith("eval") else None
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
-    for axes, name in ((left, "cross-entropy a token"), (right, "BLEU")):
+    for axes, name in ((left, loss_label), (right, LABELS[metric])):
         axes.set_xlabel("step")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
@@ -140,22 +147,80 @@ def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[s
     return {"model": asdict(model_args), "data": asdict(data_args), "training": plain}
 
 
-def print_summary(found: dict[str, Any], written: Sequence[Path]) -> None:
+def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
+    """Describes an optimizer of hf_fngd.
+
+    Args:
+        trainer: A Trainer.
+
+    Returns:
+        Settings and layers under `fngd`; nothing for any other optimizer.
+    """
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    if optimizer is None:
+        return {}
+    return {"fngd": {"config": optimizer.config.to_dict(), "layers": optimizer.selection.rows()}}
+
+
+def card_facts(
+    trainer: Trainer, found: dict[str, Any], model_args: Any, data_args: Any, **more: Any
+) -> CardFacts:
+    """Gathers what the model card says, whatever the task.
+
+    Args:
+        trainer: A Trainer that has trained.
+        found: Content of metrics.json.
+        model_args: Dataclass of model arguments.
+        data_args: Dataclass of data arguments.
+        **more: What the task adds.
+
+    Returns:
+        Facts.
+    """
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    training = found["settings"]["training"]
+    return CardFacts(
+        model_name=Path(trainer.args.output_dir).resolve().name,
+        dataset=describe(data_args, "train"),
+        test_dataset=describe(data_args, "test"),
+        base_model=model_args.model_name_or_path,
+        optimizer=str(training["optim"]),
+        settings=optimizer.config.to_dict() if optimizer is not None else training,
+        layers=str(optimizer.selection) if optimizer is not None else "",
+        seed=trainer.args.seed,
+        curves="curves.png" if found["history"] else None,
+        **found["environment"],
+        **more,
+    )
+
+
+def print_summary(found: dict[str, Any], written: Sequence[Path], metrics: Sequence[str]) -> None:
     """Prints losses, scores, and where everything is.
 
     Args:
         found: Content of metrics.json.
         written: Files.
+        metrics: Names of the metrics, as in `LABELS`; the first one is the one of the curves.
     """
     history = found.get("history", [])
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if losses:
         print(f"\ntraining loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
-    bleus = [entry["eval_bleu"] for entry in history if "eval_bleu" in entry]
-    if bleus:
-        print("validation BLEU, evaluation by evaluation: " + ", ".join(f"{b:.2f}" for b in bleus))
-    if "test" in found:
-        for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
-            print(f"test {label}: {found['test'][name]:.2f}   {found['test'][name + '_signature']}")
+    key = f"eval_{metrics[0]}"
+    scores = [_number(metrics[0], entry[key]) for entry in history if key in entry]
+    if scores:
+        label = LABELS[metrics[0]]
+        print(f"validation {label}, evaluation by evaluation: {', '.join(scores)}")
+    for split in ("validation", "test"):
+        for name in metrics:
+            key = f"{'eval' if split == 'validation' else split}_{name}"
+            if key in found.get(split, {}):
+                signature = found[split].get(f"{name}_signature", "")
+                value = _number(name, found[split][key])
+                print(f"{split} {LABELS[name]}: {value}   {signature}".rstrip())
     for path in written:
         print(f"written: {path}")
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.2%}" if name == "accuracy" else f"{value:.2f}"

@@ -1,0 +1,89 @@
+"""The command line of a script: arguments, settings file, and errors of one line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_fngd import FNGDError
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what to do."""
+
+
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and names defaults."""
+
+
+def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
+    """Reads the command line, or a JSON file with the same arguments.
+
+    Args:
+        kinds: Dataclasses of arguments; the last one is that of the training arguments.
+        description: Text of `--help`.
+
+    Returns:
+        An instance of each.
+
+    Raises:
+        InputError: If the file cannot be read, or settings contradict each other.
+    """
+    parser = HfArgumentParser(
+        list(kinds),
+        description=description,
+        formatter_class=_Help,
+        usage="%(prog)s SETTINGS.json, or --name value ... (see --help)",
+    )
+    settings = sys.argv[1] if len(sys.argv) == 2 and sys.argv[1].endswith(".json") else None
+    try:
+        if settings:
+            parsed = parser.parse_json_file(settings)
+        else:
+            parsed = parser.parse_args_into_dataclasses()
+    except (OSError, ValueError, TypeError) as error:
+        where = f"cannot use {settings!r}: " if settings else "cannot use these arguments: "
+        raise InputError(where + " ".join(str(error).split())) from None
+    folder = parsed[-1].output_dir
+    if Path(folder).is_file():
+        raise InputError(f"--output_dir {folder!r} is a file: choose a folder")
+    return parsed
+
+
+def quieten(args: TrainingArguments) -> None:
+    """Leaves the Trainer's progress bar as the only one, and an error as the only line.
+
+    Args:
+        args: Training arguments.
+    """
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+    if args.should_log:
+        transformers.utils.logging.set_verbosity_warning()
+
+
+def exit_code(name: str, main: Callable[[], None]) -> int:
+    """Runs a script; what the user can mend ends it with one line on stderr.
+
+    Args:
+        name: Name of the script.
+        main: What it does.
+
+    Returns:
+        Exit code.
+    """
+    try:
+        main()
+    except (InputError, FNGDError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,102 @@
+"""Where the rows of a data set come from: the Hub or local files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from common.arguments import InputError
+
+SPLITS = ("train", "validation", "test")
+
+
+def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
+    """Loads a data set of the Hub.
+
+    Args:
+        name: Its id.
+        config: Its configuration, if there are several.
+
+    Returns:
+        All splits.
+
+    Raises:
+        InputError: If there is none.
+    """
+    try:
+        return datasets.load_dataset(name, config)
+    except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot load the data set {name!r}: {reason}") from None
+
+
+def load_file(split: str, name: str, builders: dict[str, str]) -> datasets.Dataset:
+    """Loads one local file, so that an error can name it.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        name: Path of the file.
+        builders: Builder of `datasets` by the ending of the name.
+
+    Returns:
+        All rows.
+
+    Raises:
+        InputError: If it does not exist, is empty, of another kind or damaged.
+    """
+    if not Path(name).is_file():
+        raise InputError(f"--{split}_file: there is no file {name!r}: check the path")
+    builder = next((b for ending, b in builders.items() if name.endswith(ending)), None)
+    if builder is None:
+        *first, last = builders
+        raise InputError(f"--{split}_file: {name!r} is no {', '.join(first)} or {last} file")
+    if Path(name).stat().st_size == 0:
+        raise InputError(f"--{split}_file: {name!r} is empty: give a file with rows")
+    try:
+        return datasets.load_dataset(builder, data_files=name, split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, EOFError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        kind = "JSON lines, or a damaged .gz" if builder == "json" else f"a {builder} file"
+        raise InputError(f"--{split}_file: {name!r} is not {kind}: {reason}") from None
+
+
+def first_rows(rows: datasets.Dataset, split: str, args: Any) -> datasets.Dataset:
+    """Keeps as many rows as `max_..._samples` says.
+
+    Args:
+        rows: One split.
+        split: `train`, `validation` or `test`.
+        args: Data arguments.
+
+    Returns:
+        The first rows.
+
+    Raises:
+        InputError: If none are left.
+    """
+    bounds = (args.max_train_samples, args.max_eval_samples, args.max_predict_samples)
+    bound = dict(zip(SPLITS, bounds, strict=True))[split]
+    if bound is not None:
+        rows = rows.select(range(min(bound, len(rows))))
+    if len(rows) == 0:
+        raise InputError(f"the {split} set has no rows: give one with rows")
+    return rows
+
+
+def describe(args: Any, split: str) -> str:
+    """Names the data of one split for the model card.
+
+    Args:
+        args: Data arguments.
+        split: `train`, `validation` or `test`.
+
+    Returns:
+        The label, the Hub id, or the name of the split's local file or folder.
+    """
+    if args.dataset_label:
+        return args.dataset_label
+    if args.dataset_name:
+        return " ".join(filter(None, (args.dataset_name, args.dataset_config_name)))
+    return Path(getattr(args, f"{split}_file") or getattr(args, f"{split}_dir", None) or "").name

@@ -1,0 +1,1 @@
+"""The rooms of run_image_classification.py: data and labels, pixels, model."""

@@ -1,0 +1,165 @@
+r"""Trains an image classifier, with FNGD or any other optimizer of the Hugging Face Trainer.
+
+    python scripts/run_image_classification.py --train_file train.parquet --validation_rows 2000 \
+        --test_file test.parquet --crop_padding 4 --flip true --output_dir runs/first --do_train \
+        --do_eval --do_predict --optim fngd --optim_args "damping=0.1,update_scale=rms"
+
+    python scripts/run_image_classification.py settings.json     # the same arguments as JSON
+
+Without --model_name_or_path a ResNet-18 for small images (3x3 stem, no pooling) is trained from
+scratch. The output folder gets the model, metrics.json, predictions.jsonl, curves.png and a model
+card. `--optim sgd` has no momentum unless `--optim_args momentum=0.9` says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import report
+from common.arguments import InputError, exit_code, parse, quieten
+from common.source import describe
+from common.training import TrainingClock, is_ours, train
+from images.data import DataArguments, class_names, class_numbers, load_splits
+from images.model import ModelArguments, classes_of, load_model
+from images.pixels import load_pixels
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+
+from hf_fngd import FNGDTrainer
+from hf_fngd.hf.card import CardMixin
+from hf_fngd.hf.loss_scale import LossScaleMixin
+
+METRICS = ("accuracy",)
+LIMITS = [
+    "The scores are those of one run with one seed.",
+    "The model knows the kind of image it was trained on and little else.",
+]
+
+
+class FNGDClassifier(CardMixin, FNGDTrainer):
+    """The Trainer for the optimizers of hf_fngd."""
+
+
+class BaselineClassifier(CardMixin, LossScaleMixin, Trainer):
+    """The Trainer for every other optimizer, with the same correction of the loss scale."""
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Scores one evaluation.
+
+    Args:
+        prediction: Logits, and the labels.
+
+    Returns:
+        Share of images whose highest logit is the right one.
+    """
+    return {"accuracy": float((_best(prediction.predictions) == prediction.label_ids).mean())}
+
+
+def main() -> None:
+    """Trains, classifies and reports.
+
+    Raises:
+        InputError: If the data cannot be used.
+    """
+    model_args, data_args, args = parse((ModelArguments, DataArguments, TrainingArguments), __doc__)
+    quieten(args)
+    set_seed(args.seed)
+    splits = load_splits(data_args)
+    if args.do_train and "train" not in splits:
+        raise InputError("--do_train needs training images: give --train_file or --train_dir")
+    if model_args.model_name_or_path and not args.do_train:
+        names, _ = classes_of(model_args)
+    else:
+        names = class_names(next(iter(splits.values())))
+    if len(names) < 2:
+        raise InputError(f"there is one class only, {names[0]!r}: give images of two or more")
+    labels = {split: class_numbers(split, rows, names) for split, rows in splits.items()}
+    images, collator, processor = load_pixels(splits, labels, model_args, data_args)
+    model = load_model(model_args, names, len(collator.mean))
+    kind = FNGDClassifier if is_ours(args.optim) else BaselineClassifier
+    trainer = kind(
+        model=model,
+        args=args,
+        train_dataset=images.get("train"),
+        eval_dataset=images.get("validation"),
+        data_collator=collator,
+        processing_class=processor,
+        compute_metrics=accuracy,
+        callbacks=[TrainingClock()],
+    )
+    found: dict[str, Any] = {"settings": report.settings(model_args, data_args, args)}
+    predictions: list[dict[str, str]] = []
+    if args.do_train:
+        found |= train(trainer)
+    if args.do_eval and "validation" in images:
+        found["validation"] = trainer.evaluate()
+    if args.do_predict and "test" in images:
+        output = trainer.predict(images["test"], metric_key_prefix="test")
+        found["test"] = output.metrics
+        predictions = [
+            {"label": names[label], "prediction": names[best]}
+            for label, best in zip(labels["test"], _best(output.predictions), strict=True)
+        ]
+    if trainer.is_world_process_zero():
+        _report(trainer, predictions, found, model_args, data_args)
+    if args.push_to_hub and args.do_train:
+        trainer.push_to_hub()
+
+
+def _best(logits: Any) -> np.ndarray:
+    return np.asarray(logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def _report(
+    trainer: Any,
+    predictions: list[dict[str, str]],
+    found: dict[str, Any],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+) -> None:
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = found.get("history", [])
+    found["environment"] = report.environment()
+    found |= report.optimizer_facts(trainer)
+    report.write_json(folder / "metrics.json", found)
+    written = [folder / "metrics.json"]
+    if history:
+        title = f"{describe(data_args, 'train')}, {found['settings']['training']['optim']}"
+        path = folder / "curves.png"
+        report.plot_curves(path, history, title, "accuracy", "cross-entropy an image")
+        written.append(path)
+    if predictions:
+        report.write_rows(folder / "predictions.jsonl", predictions)
+        written.append(folder / "predictions.jsonl")
+    if trainer.args.do_train:
+        test = found.get("test", {})
+        trainer.card_facts = report.card_facts(
+            trainer,
+            found,
+            model_args,
+            data_args,
+            task="image-classification",
+            metrics={name: test[f"test_{name}"] for name in METRICS if f"test_{name}" in test},
+            custom_code=hasattr(trainer.model.config, "auto_map"),
+            limits=LIMITS,
+        )
+        trainer.create_model_card()
+        written.append(folder / "README.md")
+    report.print_summary(found, written, METRICS)
+
+
+def cli() -> int:
+    """Runs the job; what the user can mend ends it with one line on stderr.
+
+    Returns:
+        Exit code.
+    """
+    return exit_code("run_image_classification", main)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
