@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fngd.hf.registry import RULE_OF_NAME
+from hf_fngd.hf.registry import OPTIMIZERS
 
 
 def is_ours(optim: Any) -> bool:
@@ -20,7 +20,7 @@ def is_ours(optim: Any) -> bool:
     Returns:
         True if the FNGD Trainers take it.
     """
-    return str(getattr(optim, "value", optim)) in RULE_OF_NAME
+    return str(getattr(optim, "value", optim)) in OPTIMIZERS
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
