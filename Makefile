@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Every test runs on one thread, so there is room for as many of them as cores.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -26,11 +28,11 @@ demo: env ## Fine-tune a small translation model with FNGD (a few minutes on 2 c
 
 .PHONY: test
 test: env ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 .PHONY: test-fast
 test-fast: env ## Run the tests that take no more than seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 .PHONY: lint
 lint: env ## Check format, style, docstrings and types

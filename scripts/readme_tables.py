@@ -77,13 +77,16 @@ def methods() -> str:
         json.loads((RESULTS / name).read_text())
         for name in ("methods_resnet18.json", "methods_multi30k.json")
     ]
-    lines = ["| | ResNet-18: step | memory | Transformer: step | memory |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| | ResNet-18: step | memory | Transformer: step | memory |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name in found[0]["results"]:
         cells = []
         for report in found:
             row = report["results"][name]
-            cells.append(f"{row['ratio']:.2f} ({row['lowest_ratio']:.2f}-{row['highest_ratio']:.2f})")
-            cells.append(f"{row['memory_ratio']:.2f}")
+            span = f"{row['lowest_ratio']:.2f}-{row['highest_ratio']:.2f}"
+            cells += [f"{row['ratio']:.2f} ({span})", f"{row['memory_ratio']:.2f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     base = [report["results"]["sgd"]["seconds"] for report in found]
     lines += [
