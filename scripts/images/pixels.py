@@ -107,9 +107,11 @@ def open_image(split: str, rows: datasets.Dataset, number: int) -> Any:
         image = rows[number]["image"]
     except (OSError, ValueError, SyntaxError) as error:
         reason = " ".join(str(error).split())
+        if "both are None" in reason:
+            reason = "it is empty"
         raise InputError(f"{where} has an image that cannot be read, remove it: {reason}") from None
     if image is None:
-        raise InputError(f"{where} has no image: remove the row or fill it in")
+        raise InputError(f"{where} has no image, remove it")
     if image.mode.startswith("I") or image.mode == "F":
         raise InputError(f"{where} has more than 8 bits a channel (mode {image.mode}): convert it")
     return image
