@@ -70,6 +70,13 @@ def main() -> None:
     splits = load_splits(data_args)
     if args.do_train and "train" not in splits:
         raise InputError("--do_train needs training images: give --train_file or --train_dir")
+    if getattr(args.eval_strategy, "value", args.eval_strategy) != "no" and (
+        "validation" not in splits
+    ):
+        raise InputError(
+            "--eval_strategy needs validation images: give --validation_file, --validation_dir or "
+            "--validation_rows"
+        )
     if model_args.model_name_or_path and not args.do_train:
         names, _ = classes_of(model_args)
     else:

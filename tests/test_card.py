@@ -132,3 +132,16 @@ def test_trainer_writes_this_card_once_facts_are_known(tmp_path):
     trainer.card_facts = FACTS
     trainer.create_model_card(model_name="ignored")
     assert "12.35" in (tmp_path / "README.md").read_text()
+
+
+def test_card_of_an_image_classifier(tmp_path):
+    changes = {"task": "image-classification", "metrics": {"accuracy": 0.91234}, "signatures": {}}
+    facts = replace(FACTS, languages=[], baselines={}, **changes)
+    text = write_card(tmp_path, facts).read_text()
+    (result,) = ModelCard(text).data.eval_results
+    assert (result.metric_type, result.metric_name) == ("accuracy", "Accuracy")
+    assert "| this model | 0.9123 |" in text and "Tokenizer" not in text and "nrefs" not in text
+    assert "AutoImageProcessor.from_pretrained(folder)\n" in text
+    assert "AutoModelForImageClassification.from_pretrained(folder)\n" in text
+    text = write_card(tmp_path, replace(facts, custom_code=True)).read_text()
+    assert "AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)" in text

@@ -369,7 +369,7 @@ BAD = {
     ),
     "file and folder": (lambda f: {"train_dir": f}, "give --train_file or --train_dir, not both"),
     "no training data": (
-        lambda f: {"train_file": None, "validation_rows": 0},
+        lambda f: {"train_file": None, "validation_rows": 0, "test_file": SAMPLE / "test.parquet"},
         "--do_train needs training images",
     ),
     "no data": (lambda f: {"train_file": None, "test_file": None}, "no data: give --train_file"),
@@ -378,6 +378,10 @@ BAD = {
     "columns swapped": (
         lambda f: {"image_column": "label", "label_column": "image"},
         "the column 'label' of the train set has no images",
+    ),
+    "no validation data": (
+        lambda f: {"validation_rows": 0},
+        "--eval_strategy needs validation images: give",
     ),
     "no rows": (lambda f: {"max_train_samples": 0}, "the train set has no rows"),
     "all held out": (lambda f: {"validation_rows": 600}, "leaves none of the 600 training rows"),
@@ -417,6 +421,7 @@ BAD = {
             "train_file": write(f, "c.parquet", [*grey(59), b"\x89PNG no"], [0, 1] * 30),
             "validation_rows": 0,
             "max_train_samples": None,
+            "eval_strategy": "no",
         },
         "row 59 of the train set has an image that cannot be read, remove it",
     ),
@@ -428,7 +433,7 @@ BAD = {
     ),
     "no image": (
         lambda f: {"train_file": write(f, "c.parquet", [grey(1)[0], None] * 30, [0, 1] * 30)},
-        "row 1 of the train set has no image",
+        "row 1 of the train set has (no image|an image that cannot be read), remove it",
     ),
     "two sizes": (
         lambda f: {

@@ -6,7 +6,7 @@ import time
 import pytest
 from transformers import Seq2SeqTrainer
 
-from tests.hf_utils import arguments, make_trainer
+from tests.hf_utils import arguments, make_trainer, token_pairs
 from tests.test_runner import ROOT
 
 
@@ -38,8 +38,9 @@ class Slow(Seq2SeqTrainer):
 def test_only_training_counts_and_a_resumed_run_goes_on(tmp_path, clock):
     often = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "logging_steps": 1}
     saves = {"save_strategy": "steps", "save_steps": 3}
-    first = make_trainer(Slow, arguments(tmp_path, max_steps=6, **often, **saves))
-    first.eval_dataset = first.train_dataset
+    rows = token_pairs(8)
+    settings = arguments(tmp_path, max_steps=6, **often, **saves)
+    first = make_trainer(Slow, settings, eval_dataset=rows)
     first.add_callback(clock())
     started = time.perf_counter()
     first.train()
@@ -54,8 +55,8 @@ def test_only_training_counts_and_a_resumed_run_goes_on(tmp_path, clock):
     assert max(paused) < 0.04
     first.evaluate()
     assert first.state.log_history[-1]["train_seconds"] == seconds[-1]
-    second = make_trainer(Slow, arguments(tmp_path, max_steps=6, **often, save_strategy="no"))
-    second.eval_dataset = second.train_dataset
+    settings = arguments(tmp_path, max_steps=6, **often, save_strategy="no")
+    second = make_trainer(Slow, settings, eval_dataset=rows)
     second.add_callback(clock())
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     again = [entry["train_seconds"] for entry in second.state.log_history]

@@ -196,7 +196,8 @@ def _load_folder(split: str, folder: str) -> datasets.Dataset:
     if not Path(folder).is_dir():
         raise InputError(f"--{split}_dir: there is no folder {folder!r}: check the path")
     try:
-        return datasets.load_dataset("imagefolder", data_dir=folder, split="all")
+        # Without drop_labels=False, a folder with images of one class has no labels.
+        return datasets.load_dataset("imagefolder", data_dir=folder, split="all", drop_labels=False)
     except (
         datasets.exceptions.DatasetGenerationError,
         datasets.exceptions.DataFilesNotFoundError,
@@ -218,13 +219,12 @@ def _columns(split: str, rows: datasets.Dataset, args: DataArguments) -> dataset
                 f"check --{kind}_column"
             )
     rows = rows.select_columns(list(wanted.values()))
-    for kind, name in wanted.items():
-        rows = rows if name == kind else rows.rename_column(name, kind)
+    rows = rows.rename_columns({name: kind for kind, name in wanted.items()})
     if isinstance(rows.features["image"], datasets.Image):
         return rows
     try:
         return rows.cast_column("image", datasets.Image())
-    except (TypeError, ValueError, datasets.table.CastError) as error:
+    except (TypeError, ValueError, NotImplementedError, datasets.table.CastError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"the column {args.image_column!r} of the {split} set has no images ({reason}): check "
