@@ -73,10 +73,10 @@ def methods() -> str:
     Returns:
         Markdown.
     """
-    found = [
-        json.loads((RESULTS / name).read_text())
-        for name in ("methods_resnet18.json", "methods_multi30k.json")
-    ]
+    files = [RESULTS / f"methods_{name}.json" for name in ("resnet18", "multi30k")]
+    if not all(file.exists() for file in files):
+        return "Not measured yet."
+    found = [json.loads(file.read_text()) for file in files]
     lines = [
         "| | ResNet-18: step | memory | Transformer: step | memory |",
         "|---|---:|---:|---:|---:|",

@@ -132,7 +132,7 @@ def test_process_leaves_everything(tmp_path):
     assert (
         found["settings"]["data"]["crop_padding"] == 2 and found["settings"]["model"]["width"] == 4
     )
-    assert found["fngd"]["config"]["damping"] == 0.5
+    assert found["optimizer"]["config"]["damping"] == 0.5
     assert str(SCRIPT) in found["environment"]["command"]
     # Row numbers survive augmentation: all samples of the second epoch are known.
     rates = [e["fngd/reuse_rate"] for e in found["history"] if "fngd/reuse_rate" in e]

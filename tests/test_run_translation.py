@@ -107,7 +107,7 @@ def test_whole_job_and_everything_it_leaves(files):
     assert found["test"]["bleu_signature"].startswith("nrefs:1|case:mixed")
     assert found["test"]["bleu_signature"] in out.stdout
     assert found["settings"]["training"]["optim"] == "fngd"
-    assert found["fngd"]["config"]["update_scale"] == "rms"
+    assert found["optimizer"]["config"]["update_scale"] == "rms"
     assert str(SCRIPT) in found["environment"]["command"]
     losses = [e["loss"] for e in found["history"] if "loss" in e]
     assert len(losses) == 6
@@ -334,7 +334,7 @@ def test_fine_tunes_another_architecture(files):
     out = run(*options(files, model_name_or_path=folder, source_prefix="translate: "))
     assert out.returncode == 0, out.stderr
     found = json.loads((files / "out" / "metrics.json").read_text())
-    chosen = [row[0] for row in found["fngd"]["layers"] if "chosen" in row]
+    chosen = [row[0] for row in found["optimizer"]["layers"] if "chosen" in row]
     assert "decoder.block.0.layer.1.EncDecAttention.q" in chosen
 
 

@@ -14,17 +14,37 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
-FNGD_TAGS = ["fngd", "natural-gradient", "hf_fngd"]
+from hf_fngd.hf.registry import OPTIMIZERS
+
 _BEGIN, _END = "<!-- hf_fngd: begin -->", "<!-- hf_fngd: end -->"
 _METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "Accuracy"}
 # What loads a model of a task, beside the model: by default what translation needs.
 _LOADERS = {"image-classification": ("AutoImageProcessor", "AutoModelForImageClassification")}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_CITATION = """@article{fngd2024,
-  title  = {Fast Natural Gradient Descent},
-  note   = {arXiv:2403.03473},
-  year   = {2024}
-}"""
+# Method, title, where it appeared, year.
+_PAPERS = {
+    "fngd": ("Fast Natural Gradient Descent", "arXiv:2403.03473", 2024),
+    "kfac": (
+        "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
+        "ICML",
+        2015,
+    ),
+    "eva": (
+        "Eva: Practical Second-order Optimization with Kronecker-vectorized Approximation",
+        "ICLR",
+        2023,
+    ),
+    "tengrad": (
+        "TENGraD: Time-Efficient Natural Gradient Descent with Exact Fisher-Block Inversion",
+        "arXiv:2106.03947",
+        2021,
+    ),
+    "seng": (
+        "Sketch-Based Empirical Natural Gradient Methods for Deep Learning",
+        "arXiv:2006.05924",
+        2020,
+    ),
+}
 
 
 @dataclass
@@ -74,9 +94,18 @@ class CardFacts:
     custom_code: bool = False
 
     @property
-    def is_fngd(self) -> bool:
-        """Whether the run used an FNGD optimizer."""
-        return self.optimizer.startswith("fngd")
+    def method(self) -> str | None:
+        """The package's method that the run used, if it did."""
+        kind, _ = OPTIMIZERS.get(self.optimizer, (None, None))
+        return kind.method if kind is not None else None
+
+    @property
+    def tags(self) -> list[str]:
+        """Tags that name the method."""
+        if self.method is None:
+            return []
+        natural = [self.method, "natural-gradient"] if self.method in _PAPERS else []
+        return [*natural, "hf_fngd"]
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
@@ -104,7 +133,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         language=facts.languages or None,
         library_name="transformers",
         pipeline_tag=facts.task,
-        tags=(FNGD_TAGS if facts.is_fngd else []) + [facts.task],
+        tags=[*facts.tags, facts.task],
         base_model=facts.base_model if _is_hub_id(facts.base_model) else None,
         model_name=facts.model_name,
         eval_results=results or None,
@@ -166,9 +195,16 @@ def _section(facts: CardFacts) -> str:
     parts.append(_usage(facts))
     if facts.limits:
         parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in facts.limits))
-    if facts.is_fngd:
-        parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
+    if facts.method in _PAPERS:
+        parts.append(_citation(facts.method))
     return "\n\n".join(parts)
+
+
+def _citation(method: str) -> str:
+    title, place, year = _PAPERS[method]
+    fields = f"  title = {{{title}}},\n  note  = {{{place}}},\n  year  = {{{year}}}\n"
+    entry = f"@misc{{{method}{year},\n{fields}}}"
+    return f"## Citation\n\n```bibtex\n{entry}\n```"
 
 
 def _results(facts: CardFacts) -> str:
@@ -224,7 +260,7 @@ def _usage(facts: CardFacts) -> str:
     note = (
         "\n\n`training_args.bin` names an optimizer that transformers does not know by itself: "
         "`import hf_fngd` before opening it."
-        if facts.is_fngd
+        if facts.method is not None
         else ""
     )
     return f"## How to use it\n\n```python\n{code}```{note}"

@@ -154,12 +154,13 @@ def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
         trainer: A Trainer.
 
     Returns:
-        Settings and layers under `fngd`; nothing for any other optimizer.
+        Method, settings and layers under `optimizer`; nothing for any other optimizer.
     """
     optimizer = unwrap_optimizer(trainer.optimizer)
     if optimizer is None:
         return {}
-    return {"fngd": {"config": optimizer.config.to_dict(), "layers": optimizer.selection.rows()}}
+    facts = {"method": optimizer.method, "config": optimizer.config.to_dict()}
+    return {"optimizer": {**facts, "layers": optimizer.selection.rows()}}
 
 
 def card_facts(
