@@ -213,3 +213,9 @@ def test_unknown_method_is_named():
         create_preconditioned_optimizer(tiny_marian(), method="adahess", lr=0.1)
     with pytest.raises(FNGDError, match="shares: not a setting of FNGD .did you mean 'share'"):
         create_preconditioned_optimizer(tiny_marian(), method="fngd", lr=0.1, shares="none")
+
+
+def test_sketch_larger_than_layers_is_said_once(caplog):
+    create_preconditioned_optimizer(SmallCNN(), method="seng", lr=0.1, sketch_size=9)
+    lines = [r.getMessage() for r in caplog.records if "sketch_size" in r.getMessage()]
+    assert lines == ["SENG: in 2 of 4 layers sketch_size=9 is no less than the layer: no sketch"]

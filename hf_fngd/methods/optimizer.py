@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -69,6 +70,11 @@ class PreconditionedOptimizer(LayerOptimizer):
             shape = self._join(layer, adapter, torch.Tensor.detach).shape
             seed = rank_seed(self.config.seed) * 1_000_003 + number
             self.layers.append(self.layer_class(self.config, shape, seed))
+        said = Counter(filter(None, (layer.clamped() for layer in self.layers)))
+        for what, times in said.items():
+            logger.warning(
+                "%s: in %d of %d layers %s", self.config.title, times, len(self.layers), what
+            )
         self.attach()
 
     def _select(self, module: nn.Module) -> Selection:

@@ -93,6 +93,11 @@ class SENGLayer(BlockCurvature):
             return False
         return q < max(d_out, d_in) if self.big else q * q < self.shape.numel()
 
+    def clamped(self) -> str | None:  # noqa: D102
+        if self.config.sketch_size == 0 or self.sketched:
+            return None
+        return f"sketch_size={self.config.sketch_size} is no less than the layer: no sketch"
+
     def _describe(self, seen: Observed) -> dict[str, Tensor]:
         a, g = seen.canonical()
         if self.big:
