@@ -84,6 +84,11 @@ def labelled_positions(
     if isinstance(decoder, Tensor) and decoder.shape == logits.shape[:-1]:
         pad = getattr(config, "pad_token_id", None)
         mask = torch.ones_like(decoder, dtype=torch.bool) if pad is None else decoder.ne(pad)
+        # What follows the end of a sentence has no label; the first position always has one.
+        end = getattr(config, "eos_token_id", None)
+        for token in end if isinstance(end, (list, tuple)) else [end]:
+            if token is not None:
+                mask &= decoder.ne(token)
         mask[:, 0] = True
         return mask
     given = inputs.get("attention_mask")
