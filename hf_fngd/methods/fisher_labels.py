@@ -133,17 +133,15 @@ class FisherLabels:
         problem = getattr(getattr(model, "config", None), "problem_type", None)
         if (
             not isinstance(logits, Tensor)
-            or logits.dim() < 2
-            or problem
-            not in (
-                None,
-                "single_label_classification",
-            )
+            or logits.dim() not in (2, 3)
+            or logits.shape[-1] < 2
+            or problem not in (None, "single_label_classification")
         ):
             raise FNGDError(
                 "fisher_labels=sampled needs a model whose output is the logits of one class a "
-                f"position (a tensor, or .logits), not {type(output).__name__} with problem_type="
-                f"{problem}: {_WAY_OUT}"
+                f"position ([N, C] or [N, T, C], a tensor or .logits), not {type(output).__name__}"
+                f"{'' if not isinstance(logits, Tensor) else f' with logits {[*logits.shape]}'} and "
+                f"problem_type={problem}: {_WAY_OUT}"
             )
         names = inspect.signature(model.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
