@@ -105,18 +105,12 @@ class BatchNormAdapter(LinearAdapter):
         batch = module.training or module.running_mean is None
         momentum = module.momentum if module.momentum is not None else 0.0
         tracked = module.num_batches_tracked
-        if module.training and tracked is not None:
+        if module.training and module.track_running_stats and tracked is not None:
             tracked.add_(1)
             if module.momentum is None:
                 momentum = 1.0 / float(tracked)
-        running = (
-            (module.running_mean, module.running_var)
-            if module.track_running_stats
-            else (
-                None,
-                None,
-            )
-        )
+        kept = not module.training or module.track_running_stats
+        running = (module.running_mean, module.running_var) if kept else (None, None)
         return F.batch_norm(x, *running, None, None, batch, momentum, module.eps)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102

@@ -29,8 +29,9 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
         Classes `[rows]`.
     """
     noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits)
-    # Gumbel's trick: the largest of log p + noise is a sample.
-    noise = -(-noise.clamp(min=torch.finfo(logits.dtype).tiny).log()).log()
+    # Gumbel's trick: the largest of log p + noise is a sample. Large noise comes from numbers near
+    # 0: near 1 float32 would round some of them to 1, whose noise is infinite.
+    noise = -(-(-noise.clamp(min=torch.finfo(logits.dtype).tiny)).log1p()).log()
     return (logits + noise).argmax(-1)
 
 
@@ -83,6 +84,11 @@ def labelled_positions(
     if isinstance(decoder, Tensor) and decoder.shape == logits.shape[:-1]:
         pad = getattr(config, "pad_token_id", None)
         mask = torch.ones_like(decoder, dtype=torch.bool) if pad is None else decoder.ne(pad)
+        # What follows the end of a sentence has no label; the first position always has one.
+        end = getattr(config, "eos_token_id", None)
+        for token in end if isinstance(end, (list, tuple)) else [end]:
+            if token is not None:
+                mask &= decoder.ne(token)
         mask[:, 0] = True
         return mask
     given = inputs.get("attention_mask")
@@ -127,17 +133,15 @@ class FisherLabels:
         problem = getattr(getattr(model, "config", None), "problem_type", None)
         if (
             not isinstance(logits, Tensor)
-            or logits.dim() < 2
-            or problem
-            not in (
-                None,
-                "single_label_classification",
-            )
+            or logits.dim() not in (2, 3)
+            or logits.shape[-1] < 2
+            or problem not in (None, "single_label_classification")
         ):
             raise FNGDError(
                 "fisher_labels=sampled needs a model whose output is the logits of one class a "
-                f"position (a tensor, or .logits), not {type(output).__name__} with problem_type="
-                f"{problem}: {_WAY_OUT}"
+                f"position ([N, C] or [N, T, C], a tensor or .logits), not {type(output).__name__}"
+                f"{'' if not isinstance(logits, Tensor) else f' with logits {[*logits.shape]}'} and "
+                f"problem_type={problem}: {_WAY_OUT}"
             )
         names = inspect.signature(model.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -48,6 +48,8 @@ class CurvatureState(BatchTracker[ObservedPass]):
         # Largest batch observed in this step, and at the last update of the curvature.
         self.seen = 0
         self.last_size = 0
+        # Backward passes with drawn labels in this step.
+        self.drawn = 0
         self.next_update = 0
         self.postponed = False
 
@@ -89,8 +91,9 @@ class CurvatureState(BatchTracker[ObservedPass]):
         batch = self.batch
         if not self.due or batch is None or batch.size is None or not batch.gates:
             return None
-        seed = (rank_seed(self.config.seed) * 1_000_003 + self.steps) % 2**63
-        return self._sampling(batch), torch.Generator().manual_seed(seed)
+        seed = (rank_seed(self.config.seed) * 1_000_003 + self.steps) * 10_007 + self.drawn
+        self.drawn += 1
+        return self._sampling(batch), torch.Generator().manual_seed(seed % 2**63)
 
     @contextlib.contextmanager
     def _sampling(self, batch: ObservedPass) -> Iterator[None]:
@@ -116,7 +119,7 @@ class CurvatureState(BatchTracker[ObservedPass]):
         """Closes an optimizer step."""
         super().end_step()
         self.steps += 1
-        self.seen = 0
+        self.seen = self.drawn = 0
 
 
 class LayerObserver:

@@ -189,7 +189,10 @@ class PreconditionedOptimizer(LayerOptimizer):
             rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
             # lr²⟨V, FV⟩ is about lr²λ⟨V, M⟩, since (F + λI)V = λM.
             change = sum(
-                rates[id(module.get_parameter("weight"))] ** 2 * damping * (v * m).sum().abs()
+                # A weight that is in no group does not move.
+                rates.get(id(module.get_parameter("weight")), 0.0) ** 2
+                * damping
+                * (v * m).sum().abs()
                 for (_, module, _), m, v, damping in zip(
                     active, means, directions, dampings, strict=True
                 )

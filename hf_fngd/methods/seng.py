@@ -131,7 +131,9 @@ class SENGLayer(BlockCurvature):
         return {**found, "gram": matrix, "trace": matrix.diagonal().sum()}
 
     def _ratio(self, ratio: float) -> Tensor:
-        return torch.tensor(ratio**2 if self.config.reference_sketch else ratio).double()
+        return torch.tensor(
+            ratio**2 if self.config.reference_sketch else ratio, dtype=torch.float64
+        )
 
     def _draw(self, size: int, count: int, step: int) -> Tensor:
         return torch.randperm(size, generator=self.generator(step))[:count]
