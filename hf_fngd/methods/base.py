@@ -240,7 +240,7 @@ class AveragedCurvature(LayerCurvature):
 
     def observe(self, seen: Observed) -> None:  # noqa: D102
         found = self._describe(seen)
-        found.append(found[0].new_ones(1))
+        found.append(found[0].new_ones(()))
         if self._pending is not None:
             found = [old + new for old, new in zip(self._pending, found, strict=True)]
         self._pending = found
@@ -249,7 +249,7 @@ class AveragedCurvature(LayerCurvature):
         pending = self._pending
         self._lost = pending is not None and not all(bool(t.isfinite().all()) for t in pending)
         if pending is None or self._lost:
-            pending = [like.new_zeros(shape) for shape in [*self._shapes(), (1,)]]
+            pending = [like.new_zeros(shape) for shape in [*self._shapes(), ()]]
         self._pending = pending
         return pending
 
