@@ -135,7 +135,8 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self.config.fisher_labels == "sampled" and state.batch is not None and not state.seen:
             raise FNGDError(
                 "fisher_labels=sampled saw no forward of the whole model in this step: call the "
-                "model itself and not its parts, or set fisher_labels=empirical"
+                "model itself and not its parts, set use_reentrant=False where blocks are "
+                "checkpointed, or set fisher_labels=empirical"
             )
         local = issubclass(self.layer_class, BlockCurvature)
         smaller = local and 0 < state.seen < state.last_size and not state.postponed
