@@ -181,7 +181,8 @@ def _low_rank(a: Tensor, g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if g.shape[2] <= rank:
         return a, g
     if not bool(g.isfinite().all()):
-        return a[:, :, :rank], g[:, :, :rank]
+        # Not to be decomposed, nor to be cut off unseen.
+        return a[:, :, :rank], torch.full_like(g[:, :, :rank], torch.nan)
     left, values, right = torch.linalg.svd(g.transpose(2, 3), full_matrices=False)
     x = right[:, :, :rank] @ a
     return x, (left[..., :rank] * values[..., None, :rank]).transpose(2, 3)

@@ -94,7 +94,7 @@ class BlockCurvature(LayerCurvature):
             return True
         matrix = pending.pop("gram")
         trace = pending.pop("trace")
-        if not bool(matrix.isfinite().all() & trace.isfinite()):
+        if not all(bool(t.isfinite().all()) for t in (matrix, trace, *pending.values())):
             return False
         count = float(pending["samples"])
         damping = self.damping(trace / count, count)
