@@ -99,6 +99,8 @@ class BlockCurvature(LayerCurvature):
         count = float(pending["samples"])
         damping = self.damping(trace / count, count)
         scale = inverse_or_zero(damping)
+        if not bool((matrix * (scale / count)).isfinite().all()):
+            return False
         pending["damping"] = damping
         pending["solver"], safer = self._invert(matrix, scale, count, pending)
         self.fallbacks += safer
