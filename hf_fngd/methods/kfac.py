@@ -150,25 +150,20 @@ class KFACLayer(LayerCurvature):
         trace_a, trace_g = (m.diagonal(dim1=1, dim2=2).sum(1) for m in (a, g))
         damping = self.damping((trace_a * trace_g).sum(), state["samples"])
         scale = inverse_or_zero(damping)
+        state["damping"] = damping
         if self.config.kfac_solver == "eigen":
             (values_a, state["inverse_a"]), (values_g, state["inverse_g"]) = map(_eigen, (a, g))
             # λ(d_G d_Aᵀ + λ)⁻¹ without dividing by a λ that may be 0.
             state["shrink"] = (
                 1 + scale * values_g.unsqueeze(2) * values_a.unsqueeze(1)
             ).reciprocal()
-            state["damping"] = damping
             return
         balance = ((trace_a / a.shape[1]) / (trace_g / g.shape[1])).sqrt()
         balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0).view(-1, 1, 1)
         root = scale.sqrt()
-        scaled = {"a": a * (root / balance), "g": g * (root * balance)}
-        if not all(bool(factor.isfinite().all()) for factor in scaled.values()):
-            # Too large against λ for this precision: the old inverse stays.
-            return
-        for name, factor in scaled.items():
-            state[f"inverse_{name}"], safer = inverse_of_shifted(factor)
+        for name, factor, share in (("a", a, root / balance), ("g", g, root * balance)):
+            state[f"inverse_{name}"], safer = inverse_of_shifted(factor * share)
             self.fallbacks += safer
-        state["damping"] = damping
 
     def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
         state = self.state
