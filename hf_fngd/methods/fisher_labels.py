@@ -137,11 +137,11 @@ class FisherLabels:
             or logits.shape[-1] < 2
             or problem not in (None, "single_label_classification")
         ):
+            shape = f" with logits {[*logits.shape]}" if isinstance(logits, Tensor) else ""
             raise FNGDError(
                 "fisher_labels=sampled needs a model whose output is the logits of one class a "
-                f"position ([N, C] or [N, T, C], a tensor or .logits), not {type(output).__name__}"
-                f"{'' if not isinstance(logits, Tensor) else f' with logits {[*logits.shape]}'} and "
-                f"problem_type={problem}: {_WAY_OUT}"
+                "position ([N, C] or [N, T, C], a tensor or .logits), not "
+                f"{type(output).__name__}{shape} and problem_type={problem}: {_WAY_OUT}"
             )
         names = inspect.signature(model.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -150,7 +150,8 @@ class FisherLabels:
         with context:
             loss = sampled_loss(logits, mask, len(logits), generator)
             try:
-                torch.autograd.grad(loss, self._weights(), retain_graph=True, allow_unused=True)
+                weights = [weight for weight in self._weights() if weight.requires_grad]
+                torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise FNGDError(
                     f"fisher_labels=sampled: the second backward failed ({error}): set "

@@ -113,7 +113,8 @@ class KFACLayer(AveragedCurvature):
         done = int(state["updates"]) if state else 0
         keep = min(1 - 1 / (done + 1), self.config.stat_decay)
         for name, new in zip(("a", "g", "samples"), means, strict=True):
-            state[name] = state[name].lerp(new, 1 - keep) if done else new
+            # A loaded count is on the CPU.
+            state[name] = state[name].to(new).lerp(new, 1 - keep) if done else new
         state["updates"] = torch.tensor(done + 1)
         if not done or step - int(state["inverted_at"]) >= self.config.inverse_period:
             self._invert()

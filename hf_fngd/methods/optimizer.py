@@ -141,7 +141,8 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self.config.fisher_labels == "sampled" and state.batch is not None and not state.seen:
             raise FNGDError(
                 "fisher_labels=sampled saw no forward of the whole model in this step: call the "
-                "model itself and not its parts, or set fisher_labels=empirical"
+                "model itself and not its parts, set use_reentrant=False where blocks are "
+                "checkpointed, or set fisher_labels=empirical"
             )
         local = issubclass(self.layer_class, BlockCurvature)
         smaller = local and 0 < state.seen < state.last_size and not state.postponed
@@ -183,22 +184,23 @@ class PreconditionedOptimizer(LayerOptimizer):
         """Sets the length of the directions, by `step_control`; changes the list."""
         if self.config.step_control == "norm":
             for i, (m, v) in enumerate(zip(means, directions, strict=True)):
-                length = v.norm()
-                directions[i] = v * torch.where(length > 0, m.norm() / length, 1.0)
+                ratio = m.norm() / v.norm()
+                directions[i] = v * torch.where(ratio.isfinite(), ratio, 1.0)
         elif self.config.step_control == "kl_clip":
             rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
             # lr²⟨V, FV⟩ is about lr²λ⟨V, M⟩, since (F + λI)V = λM.
-            change = sum(
+            change: Any = 0.0
+            for (_, module, _), m, v, damping in zip(
+                active, means, directions, dampings, strict=True
+            ):
                 # A weight that is in no group does not move.
-                rates.get(id(module.get_parameter("weight")), 0.0) ** 2
-                * damping
-                * (v * m).sum().abs()
-                for (_, module, _), m, v, damping in zip(
-                    active, means, directions, dampings, strict=True
-                )
-            )
-            assert isinstance(change, Tensor)
-            self._kl_scale = (self.config.kl_clip / change).sqrt().clamp(max=1.0)
+                rate = rates.get(id(module.get_parameter("weight")), 0.0)
+                part = rate**2 * damping * (v * m).sum().abs()
+                # Without curvature nothing is predicted, however large the gradient.
+                change = change + torch.where(damping > 0, part, 0.0)
+            scale = (self.config.kl_clip / change).sqrt().clamp(max=1.0)
+            # What overflows is more than any bound.
+            self._kl_scale = torch.where(scale.isnan(), 0.0, scale)
             directions[:] = [v * self._kl_scale.to(v.dtype) for v in directions]
 
     @staticmethod

@@ -128,7 +128,9 @@ class SENGLayer(BlockCurvature):
             block = self._sketch_block(found)
         found["ratio"] = self._ratio(ratio)
         matrix = block.gram("hadamard") * float(found["ratio"])
-        return {**found, "gram": matrix, "trace": matrix.diagonal().sum()}
+        # Exact, where the sketch would make relative damping a random number.
+        trace = ((x @ x.transpose(2, 3)) * (y @ y.transpose(2, 3))).sum()
+        return {**found, "gram": matrix, "trace": trace}
 
     def _ratio(self, ratio: float) -> Tensor:
         return torch.tensor(
@@ -186,7 +188,8 @@ def _low_rank(a: Tensor, g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if g.shape[2] <= rank:
         return a, g
     if not bool(g.isfinite().all()):
-        return a[:, :, :rank], g[:, :, :rank]
+        # Not to be decomposed, nor to be cut off unseen.
+        return a[:, :, :rank], torch.full_like(g[:, :, :rank], torch.nan)
     left, values, right = torch.linalg.svd(g.transpose(2, 3), full_matrices=False)
     x = right[:, :, :rank] @ a
     return x, (left[..., :rank] * values[..., None, :rank]).transpose(2, 3)

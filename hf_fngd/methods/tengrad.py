@@ -94,11 +94,13 @@ class BlockCurvature(LayerCurvature):
             return True
         matrix = pending.pop("gram")
         trace = pending.pop("trace")
-        if not bool(matrix.isfinite().all() & trace.isfinite()):
+        if not all(bool(t.isfinite().all()) for t in (matrix, trace, *pending.values())):
             return False
         count = float(pending["samples"])
         damping = self.damping(trace / count, count)
         scale = inverse_or_zero(damping)
+        if not bool((matrix * (scale / count)).isfinite().all()):
+            return False
         pending["damping"] = damping
         pending["solver"], safer = self._invert(matrix, scale, count, pending)
         self.fallbacks += safer
