@@ -108,7 +108,7 @@ def test_default_of_image_models(build: Callable[[], nn.Module], norm: type) -> 
         ("all-linear", ATTENTION | {"out_proj", "fc1", "fc2"}),
         ("all_linear", ATTENTION | {"out_proj", "fc1", "fc2"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_targets(target: str | list[str], expected: set[str]) -> None:
     selection = select_layers(tiny_marian(), target)
