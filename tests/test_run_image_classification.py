@@ -126,7 +126,7 @@ def test_process_leaves_everything(tmp_path):
         "validation",
         "test",
         "environment",
-        "fngd",
+        "optimizer",
     ]
     assert found["settings"]["training"]["optim"] == "fngd"
     assert (
@@ -191,7 +191,7 @@ def test_learns(optim, optim_args, rate, tmp_path, run):
     found = metrics(tmp_path)
     losses = [entry["loss"] for entry in found["history"] if "loss" in entry]
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
-    assert ("fngd" in found) == (optim == "fngd")
+    assert ("optimizer" in found) == (optim == "fngd")
 
 
 def test_is_ours_and_sgd_takes_momentum(script, tmp_path, run, monkeypatch):
