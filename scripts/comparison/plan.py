@@ -55,6 +55,19 @@ class Plan:
         return OBJECTIVES[self.objective]
 
 
+def shown(path: Path) -> str:
+    """Writes a path for other people: from the present folder, where it lies below that.
+
+    Args:
+        path: A file or folder.
+
+    Returns:
+        Text.
+    """
+    whole = path.resolve()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
+
+
 def load_plan(path: Path) -> Plan:
     """Reads and checks a plan file.
 

@@ -15,7 +15,7 @@ from tabulate import tabulate
 from comparison import curves, results
 from comparison.campaign import choice
 from comparison.jobs import final_jobs, optim_args, search_jobs
-from comparison.plan import Optimizer, Plan
+from comparison.plan import Optimizer, Plan, shown
 from comparison.search import at_edge
 
 NONE = "–"
@@ -132,7 +132,8 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             row["learning rate"] = NONE if rate is None else f"{rate:g}"
             row["other settings"] = _cell(optim_args(outcome.optimizer, values) or NONE)
         rows.append(row)
-    command = ["python", "scripts/compare_optimizers.py", str(plan.path), "--results", str(folder)]
+    places = [shown(plan.path), "--results", shown(folder)]
+    command = ["python", "scripts/compare_optimizers.py", *places]
     seeds = ", ".join(map(str, plan.final_seeds))
     better = "largest" if plan.more_is_better else "smallest"
     lines = [

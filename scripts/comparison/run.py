@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.jobs import Job
-from comparison.plan import Plan
+from comparison.plan import Plan, shown
 from comparison.results import thin
 
 
@@ -62,7 +62,7 @@ def execute(plan: Plan, job: Job, work: Path, lock: int) -> dict[str, Any]:
         "searched": job.searched,
         "script": plan.script.name,
         "settings": job.settings,
-        "command": shlex.join(["python", str(plan.script), str(file)]),
+        "command": shlex.join(["python", shown(plan.script), shown(file)]),
         "environment": _environment(metrics),
         **_outcome(metrics),
         "total_seconds": total,
