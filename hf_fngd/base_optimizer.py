@@ -75,6 +75,12 @@ class LayerOptimizer(torch.optim.Optimizer):
             "update_scale": config.update_scale,
         }
         super().__init__(self._split(params), defaults)
+        self._set_up(module)
+        self.attach()
+
+    def _set_up(self, module: nn.Module) -> None:
+        """Makes the method's own state, `tracker` among it; settings and layers are known."""
+        raise NotImplementedError
 
     def _select(self, module: nn.Module) -> Selection:
         return select_layers(module, self.config.target_modules, self.config.exclude_modules)

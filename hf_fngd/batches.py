@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from hf_fngd.capture import Pass, in_backward
 from hf_fngd.errors import FNGDError
+from hf_fngd.layers import LinearAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -114,3 +115,31 @@ class BatchTracker(Generic[P]):
     def end_step(self) -> None:
         """Closes an optimizer step: the next forward pass is another batch."""
         self.forget_batch()
+
+
+T = TypeVar("T", bound=BatchTracker)
+
+
+class TrackedLayer(Generic[T]):
+    """One layer of a tracker, as the capture knows it; methods derive what they do in backward.
+
+    Args:
+        state: The tracker.
+        number: Number of the layer.
+        adapter: Adapter of the layer's type.
+    """
+
+    def __init__(self, state: T, number: int, adapter: LinearAdapter) -> None:
+        self.state, self.number, self.adapter = state, number, adapter
+        self.name = state.names[number]
+
+    def begin(self, rows: int) -> SizedPass | None:
+        """Gives the pass that a call belongs to; see the tracker's `current`.
+
+        Args:
+            rows: First dimension of the input.
+
+        Returns:
+            The batch, or None to leave the call alone.
+        """
+        return self.state.current(rows, self.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,23 +38,10 @@ class FNGD(LayerOptimizer):
     config_class = FNGDConfig
     method = "fngd"
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        module: nn.Module,
-        config: FNGDConfig | None = None,
-        weight_decay: float = 0.0,
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            params, lr, module=module, config=config, weight_decay=weight_decay, **settings
-        )
+    def _set_up(self, module: nn.Module) -> None:
         self.tracker = self.coefficients = FNGDState(self.config, list(self.selection.chosen))
         self._fingerprint: str | None = None
         self._loaded_fingerprint: str | None = None
-        self.attach()
 
     def _handler(self, number: int, adapter: LinearAdapter) -> LayerState:
         return LayerState(self.coefficients, number, adapter)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_fngd import coefficients, gram
+from hf_fngd.batches import TrackedLayer
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
-from hf_fngd.layers import Call, LinearAdapter, gather_calls, sum_gradients
+from hf_fngd.layers import Call, gather_calls, sum_gradients
 from hf_fngd.mean_store import MeanStore
 
 
-class LayerState:
+class LayerState(TrackedLayer[FNGDState]):
     """FNGD's side of the capture of one layer: looks coefficients up, or computes them.
 
     Args:
@@ -24,21 +25,6 @@ class LayerState:
         number: Number of the layer.
         adapter: Adapter of the layer's type.
     """
-
-    def __init__(self, state: FNGDState, number: int, adapter: LinearAdapter) -> None:
-        self.state, self.number, self.adapter = state, number, adapter
-        self.name = state.names[number]
-
-    def begin(self, rows: int) -> Batch | None:
-        """Gives the pass that a call belongs to; see `FNGDState.current`.
-
-        Args:
-            rows: First dimension of the input.
-
-        Returns:
-            The batch, or None to leave the call alone.
-        """
-        return self.state.current(rows, self.name)
 
     def weights(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
         """Looks up γ for one call.

@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_fngd.layers import Call, LinearAdapter, gather_calls
+from hf_fngd.methods.averages import AveragedCurvature
 from hf_fngd.methods.base import (
-    AveragedCurvature,
     Observed,
     PreconditionerConfig,
     alive,
@@ -56,7 +57,7 @@ class EvaLayer(AveragedCurvature):
         return [(groups, d_in), (groups, d_out)]
 
     def _describe(self, seen: Observed) -> list[Tensor]:
-        means = [_means(seen, x, g) for x, g, _ in seen.calls]
+        means = [_means(seen.adapter, call) for call in seen.calls]
         mean_a, total_g = (sum(parts[1:], parts[0]) for parts in zip(*means, strict=True))
         mean_a = mean_a / len(means)
         if seen.joint:
@@ -83,22 +84,19 @@ class EvaLayer(AveragedCurvature):
         return m - share * (g @ a.transpose(1, 2)), damping
 
 
-def _means(seen: Observed, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _means(adapter: LinearAdapter, call: Call) -> tuple[Tensor, Tensor]:
     """Averages one call's inputs over samples and positions, and sums its gradients.
 
     Returns:
         `[G, d_in]` and `[G, d_out]`.
     """
-    adapter = seen.adapter
     if not adapter.may_pad:
         # Unfolding an image is linear, so that the mean image is enough.
+        x, g, weight = call
         precise = torch.promote_types(x.dtype, torch.float32)
         mean_x = x.mean(0, keepdim=True, dtype=precise)
-        a, total = adapter.canonical(mean_x, g.sum(0, keepdim=True, dtype=precise))
-        return a.mean((1, 2)), total.sum((1, 2))
-    a, g = adapter.canonical(x, g)
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, g = a.float(), g.float()
+        call = mean_x, g.sum(0, keepdim=True, dtype=precise), weight
+    a, g = gather_calls(adapter, [call])
     mask = alive(adapter, g)
     if mask is None:
         return a.mean((1, 2)), g.sum((1, 2))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_fngd.coefficients import inverse_of_shifted
+from hf_fngd.methods.averages import AveragedCurvature
 from hf_fngd.methods.base import (
-    AveragedCurvature,
     Observed,
     PreconditionerConfig,
     alive,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_fngd.batches import BatchTracker, SizedPass
+from hf_fngd.batches import BatchTracker, SizedPass, TrackedLayer
 from hf_fngd.layers import Call, LinearAdapter, sum_gradients
 from hf_fngd.methods.base import LayerCurvature, Observed, PreconditionerConfig
 from hf_fngd.statistics import Stopwatch
@@ -122,7 +122,7 @@ class CurvatureState(BatchTracker[ObservedPass]):
         self.seen = self.drawn = 0
 
 
-class LayerObserver:
+class LayerObserver(TrackedLayer[CurvatureState]):
     """Collects one layer's statistics; its gradients stay those of plain backward.
 
     Args:
@@ -139,19 +139,8 @@ class LayerObserver:
         adapter: LinearAdapter,
         curvature: LayerCurvature,
     ) -> None:
-        self.state, self.number, self.adapter = state, number, adapter
-        self.curvature, self.name = curvature, state.names[number]
-
-    def begin(self, rows: int) -> ObservedPass | None:
-        """Gives the pass that a call belongs to; see `CurvatureState.current`.
-
-        Args:
-            rows: First dimension of the input.
-
-        Returns:
-            The batch, or None to leave the call alone.
-        """
-        return self.state.current(rows, self.name)
+        super().__init__(state, number, adapter)
+        self.curvature = curvature
 
     def weights(self, batch: ObservedPass, x: Tensor, g: Tensor) -> Tensor:
         """Is never asked, since every pass is fresh.

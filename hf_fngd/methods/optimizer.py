@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +17,12 @@ from hf_fngd.layers import LinearAdapter
 from hf_fngd.methods.base import LayerCurvature, PreconditionerConfig
 from hf_fngd.methods.fisher_labels import FisherLabels
 from hf_fngd.methods.observer import CurvatureState, LayerObserver, rank_seed
-from hf_fngd.methods.tengrad import BlockCurvature
 from hf_fngd.ranks import average
 from hf_fngd.selection import Selection, select_layers
 
 logger = logging.getLogger(__name__)
+# What a checkpoint holds of the tracker.
+_SAVED = ("steps", "updates", "next_update", "last_size", "postponed")
 
 
 class PreconditionedOptimizer(LayerOptimizer):
@@ -47,19 +48,7 @@ class PreconditionedOptimizer(LayerOptimizer):
     config: Any
     tracker: CurvatureState
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        module: nn.Module,
-        config: PreconditionerConfig | None = None,
-        weight_decay: float = 0.0,
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            params, lr, module=module, config=config, weight_decay=weight_decay, **settings
-        )
+    def _set_up(self, module: nn.Module) -> None:
         chosen = self.selection.chosen
         self.tracker = CurvatureState(self.config, list(chosen))
         self._module = module
@@ -75,7 +64,6 @@ class PreconditionedOptimizer(LayerOptimizer):
             logger.warning(
                 "%s: in %d of %d layers %s", self.config.title, times, len(self.layers), what
             )
-        self.attach()
 
     def _select(self, module: nn.Module) -> Selection:
         return select_layers(
@@ -144,7 +132,7 @@ class PreconditionedOptimizer(LayerOptimizer):
                 "model itself and not its parts, set use_reentrant=False where blocks are "
                 "checkpointed, or set fisher_labels=empirical"
             )
-        local = issubclass(self.layer_class, BlockCurvature)
+        local = self.layer_class.by_rank
         smaller = local and 0 < state.seen < state.last_size and not state.postponed
         if smaller or (local and state.seen == 0):
             if smaller:
@@ -154,19 +142,13 @@ class PreconditionedOptimizer(LayerOptimizer):
                     "update waits for the next step",
                 )
             for layer in self.layers:
-                layer.discard()  # type: ignore[attr-defined]
+                layer.discard()
             state.close_update(False)
             return
-        like = self._weights()[0]
-        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        weight = self._weights()[0]
+        like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
         with state.clock.timer(like.device):
-            average(
-                [
-                    tensor
-                    for layer in self.layers
-                    for tensor in layer.statistics(like.detach().to(dtype))
-                ]
-            )
+            average([tensor for layer in self.layers for tensor in layer.statistics(like)])
             failed = sum(not layer.update(state.steps) for layer in self.layers)
         state.nonfinite += failed
         state.close_update(True)
@@ -254,20 +236,16 @@ class PreconditionedOptimizer(LayerOptimizer):
         state = self.tracker
         return {
             **super()._method_state(),
-            "steps": state.steps,
-            "updates": state.updates,
-            "next_update": state.next_update,
-            "last_size": state.last_size,
-            "postponed": state.postponed,
+            **{name: getattr(state, name) for name in _SAVED},
             "curvature": [dict(layer.state) for layer in self.layers],
         }
 
     def _load_method_state(self, saved: dict[str, Any]) -> None:
         state = self.tracker
-        for name in ("steps", "updates", "next_update", "last_size", "postponed"):
+        for name in _SAVED:
             setattr(state, name, saved[name])
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if ranks > 1 and issubclass(self.layer_class, BlockCurvature):
+        if ranks > 1 and self.layer_class.by_rank:
             # A checkpoint holds the samples of the rank that wrote it.
             logger.warning(
                 "%s: each rank had curvature of its own, which one checkpoint cannot hold; it is "
@@ -290,4 +268,4 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     grad = parameter.grad
     if grad is None:
         grad = torch.zeros_like(parameter)
-    return grad if grad.dtype == torch.float64 else grad.float()
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,10 +39,7 @@ class PlainOptimizer(LayerOptimizer):
     config_class = PlainConfig
     method = "plain"
 
-    def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, *, module: nn.Module, **options: Any
-    ) -> None:
-        super().__init__(params, lr, module=module, **options)
+    def _set_up(self, module: nn.Module) -> None:
         self.tracker: BatchTracker[Any] = BatchTracker(list(self.selection.chosen), "plain")
 
     def attach(self) -> None:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_fngd.methods.base import Observed, PreconditionerConfig
-from hf_fngd.methods.blocks import SampleBlock
-from hf_fngd.methods.tengrad import BlockCurvature
+from hf_fngd.methods.blocks import BlockCurvature, SampleBlock
 from hf_fngd.settings import setting
 
 
