@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
-from common.source import describe
 from common.training import TrainingClock, is_ours, train
 from images.data import DataArguments, class_names, class_numbers, load_splits
 from images.model import ModelArguments, classes_of, load_model
@@ -128,17 +127,7 @@ def _report(
     data_args: DataArguments,
 ) -> None:
     folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    history = found.get("history", [])
-    found["environment"] = report.environment()
-    found |= report.optimizer_facts(trainer)
-    report.write_json(folder / "metrics.json", found)
-    written = [folder / "metrics.json"]
-    if history:
-        title = f"{describe(data_args, 'train')}, {found['settings']['training']['optim']}"
-        path = folder / "curves.png"
-        report.plot_curves(path, history, title, "accuracy", "cross-entropy an image")
-        written.append(path)
+    written = report.write_run(trainer, found, data_args, "accuracy", "cross-entropy an image")
     if predictions:
         report.write_rows(folder / "predictions.jsonl", predictions)
         written.append(folder / "predictions.jsonl")

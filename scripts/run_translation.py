@@ -20,7 +20,6 @@ import datasets
 import sacrebleu
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
-from common.source import describe
 from common.training import TrainingClock, is_ours, train
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -121,17 +120,9 @@ def _report(
     data_args: DataArguments,
 ) -> None:
     folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    history = found.get("history", [])
-    found["environment"] = report.environment(sacrebleu)
-    found |= report.optimizer_facts(trainer)
-    report.write_json(folder / "metrics.json", found)
-    written = [folder / "metrics.json"]
-    if history:
-        title = f"{describe(data_args, 'train')}, {found['settings']['training']['optim']}"
-        path = folder / "curves.png"
-        report.plot_curves(path, history, title, "bleu", "cross-entropy a token")
-        written.append(path)
+    written = report.write_run(
+        trainer, found, data_args, "bleu", "cross-entropy a token", sacrebleu
+    )
     scores = found.get("test", {})
     if scores:
         columns = (pairs["test"]["source"], pairs["test"]["target"], metrics.predictions)

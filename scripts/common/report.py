@@ -163,6 +163,41 @@ def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
     return {"optimizer": {**facts, "layers": optimizer.selection.rows()}}
 
 
+def write_run(
+    trainer: Trainer,
+    found: dict[str, Any],
+    data_args: Any,
+    metric: str,
+    loss_label: str,
+    *modules: ModuleType,
+) -> list[Path]:
+    """Writes metrics.json and the curves into the output folder.
+
+    Args:
+        trainer: A Trainer.
+        found: Content of metrics.json; gets `environment` and `optimizer`.
+        data_args: Dataclass of data arguments.
+        metric: Name of the metric of the curves, as in `LABELS`.
+        loss_label: What the loss is.
+        *modules: Modules whose version matters, beside the usual ones.
+
+    Returns:
+        The files.
+    """
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    found["environment"] = environment(*modules)
+    found |= optimizer_facts(trainer)
+    write_json(folder / "metrics.json", found)
+    written = [folder / "metrics.json"]
+    if found.get("history"):
+        title = f"{describe(data_args, 'train')}, {found['settings']['training']['optim']}"
+        path = folder / "curves.png"
+        plot_curves(path, found["history"], title, metric, loss_label)
+        written.append(path)
+    return written
+
+
 def card_facts(
     trainer: Trainer, found: dict[str, Any], model_args: Any, data_args: Any, **more: Any
 ) -> CardFacts:

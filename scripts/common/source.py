@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,37 @@ import datasets
 from common.arguments import InputError
 
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class SourceArguments:
+    """A data set on the Hub or local files, and how much of it is used."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, in place of files."}
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of that data set."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Local file."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Like train_file; evaluated during training."}
+    )
+    test_file: str | None = field(
+        default=None, metadata={"help": "Like train_file; predicted once, at the end."}
+    )
+    dataset_label: str | None = field(
+        default=None, metadata={"help": "What the model card calls the data."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first training rows."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first validation rows."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first test rows."}
+    )
 
 
 def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
@@ -85,7 +117,7 @@ def first_rows(rows: datasets.Dataset, split: str, args: Any) -> datasets.Datase
     return rows
 
 
-def describe(args: Any, split: str) -> str:
+def describe(args: SourceArguments, split: str) -> str:
     """Names the data of one split for the model card.
 
     Args:

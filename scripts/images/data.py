@@ -9,20 +9,17 @@ from typing import Any
 
 import datasets
 from common.arguments import InputError
-from common.source import SPLITS, first_rows, load_file, load_hub
+from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".jsonl.gz": "json"}
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SourceArguments):
     """Labelled images: a data set on the Hub, local files or folders of images."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub, with images and labels."}
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of that data set."}
     )
     train_file: str | None = field(
         default=None,
@@ -31,20 +28,11 @@ class DataArguments:
             "(paths of images)."
         },
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Like train_file; evaluated during training."}
-    )
-    test_file: str | None = field(
-        default=None, metadata={"help": "Like train_file; classified once, at the end."}
-    )
     train_dir: str | None = field(
         default=None, metadata={"help": "Folder with one folder of images for each class."}
     )
     validation_dir: str | None = field(default=None, metadata={"help": "Like train_dir."})
     test_dir: str | None = field(default=None, metadata={"help": "Like train_dir."})
-    dataset_label: str | None = field(
-        default=None, metadata={"help": "What the model card calls the data."}
-    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes."})
     validation_rows: int = field(
@@ -71,15 +59,6 @@ class DataArguments:
     )
     flip: bool = field(
         default=False, metadata={"help": "Training: mirror every second image at random."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first training rows."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first validation rows."}
-    )
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first test rows."}
     )
 
     def __post_init__(self) -> None:

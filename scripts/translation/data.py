@@ -8,23 +8,24 @@ from typing import Any
 
 import datasets
 from common.arguments import InputError
-from common.source import SPLITS, first_rows, load_file, load_hub
+from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub
 from transformers import PreTrainedTokenizerBase
 
 BUILDERS = dict.fromkeys((".json", ".json.gz", ".jsonl.gz", ".jsonl"), "json")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SourceArguments):
     """Sentence pairs: a data set on the Hub, or local files."""
 
-    source_lang: str = field(metadata={"help": "Key of the source language in every row: en."})
-    target_lang: str = field(metadata={"help": "Key of the target language in every row: de."})
+    source_lang: str = field(
+        kw_only=True, metadata={"help": "Key of the source language in every row: en."}
+    )
+    target_lang: str = field(
+        kw_only=True, metadata={"help": "Key of the target language in every row: de."}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub, with a column `translation`."}
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of that data set."}
     )
     train_file: str | None = field(
         default=None,
@@ -33,29 +34,11 @@ class DataArguments:
             '{"translation": {"en": "...", "de": "..."}}.'
         },
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Like train_file; evaluated during training."}
-    )
-    test_file: str | None = field(
-        default=None, metadata={"help": "Like train_file; translated once, at the end."}
-    )
-    dataset_label: str | None = field(
-        default=None, metadata={"help": "What the model card calls the data."}
-    )
     source_prefix: str = field(
         default="", metadata={"help": "Put before every source sentence (T5)."}
     )
     max_source_length: int = field(default=128, metadata={"help": "Source tokens kept at most."})
     max_target_length: int = field(default=128, metadata={"help": "Target tokens kept at most."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first training rows."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first validation rows."}
-    )
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first test rows."}
-    )
 
 
 def load_pairs(args: DataArguments) -> datasets.DatasetDict:
