@@ -1,5 +1,9 @@
 """Two processes: every method gives what one process would, averaged where its paper says so."""
 
+import faulthandler
+import sys
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,25 +46,37 @@ def directions(model):
     return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def train(rank, address, name, folder):
+def main(folder):
+    """What each of the two ranks runs; a rank that hangs says where and ends both."""
+    faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    model, inputs, classes = build()
-    optimizer = make(name, model)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
     half = slice(6 * rank, 6 * rank + 6)
-    parallel = DistributedDataParallel(model)
-    nn.functional.cross_entropy(parallel(inputs[half]), classes[half]).backward()
-    optimizer.step()
-    torch.save(directions(model), f"{folder}/{rank}.pt")
-    dist.barrier()
+    found = {}
+    for name in SETTINGS:
+        model, inputs, classes = build()
+        optimizer = make(name, model)
+        parallel = DistributedDataParallel(model)
+        nn.functional.cross_entropy(parallel(inputs[half]), classes[half]).backward()
+        optimizer.step()
+        found[name] = directions(model)
+    torch.save(found, f"{folder}/directions{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    out = run("tests.test_methods_ddp", str(folder), launcher=(*LAUNCHERS["torchrun"], "-m"))
+    assert out.returncode == 0, out.stderr
+    return both(folder, "directions")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_directions_of_two_ranks(name, tmp_path):
-    torch.multiprocessing.spawn(train, (tmp_path / "store", name, tmp_path), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_directions_of_two_ranks(name, two_ranks):
+    found = [of_rank[name] for of_rank in two_ranks]
     assert all(torch.equal(value, found[1][n]) for n, value in found[0].items())
     for key, expected in reference(name).items():
         torch.testing.assert_close(found[0][key], expected, rtol=1e-9, atol=1e-12)
@@ -122,3 +138,7 @@ def test_ranks_agree_in_a_stock_script(name, tmp_path):
     first, second = both(tmp_path, "weights")
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert all(value.isfinite().all() for value in first.values())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
