@@ -3,8 +3,9 @@ r"""Compares optimizers: the same model, data, seeds, schedule and budget for ea
     python scripts/compare_optimizers.py scripts/plans/cifar10.json --results runs/cifar10
 
 Every optimizer gets the same number of search trials; the best setting by the validation objective
-then runs over several seeds. One JSON file a run under RESULTS/runs, and from these table.md,
-search.md and curves.png. The same command goes on where it was stopped.
+then runs over several seeds and, if the plan names an optimizer under equal_time, once more for as
+many steps as fit into that one's seconds. One JSON file a run under RESULTS/runs, and from these
+table.md, search.md and curves.png. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="run these optimizers only")
     parser.add_argument(
-        "--stage", choices=("search", "final", "report"), help="default: all three in turn"
+        "--stage",
+        choices=("search", "final", "timed", "report"),
+        help="timed: the runs of equal time, if the plan has equal_time; default: all in turn",
     )
     parser.add_argument(
         "--max_minutes", type=float, help="start no new run after this; the report is still written"
@@ -68,10 +71,12 @@ def main() -> None:
     campaign = Campaign(plan, options.results, options.work, options.only, options.max_minutes)
     if options.stage != "report":
         campaign.check()
-        if options.stage != "final":
+        if options.stage in (None, "search"):
             campaign.search()
-        if options.stage != "search":
+        if options.stage in (None, "final"):
             campaign.final(strict=options.stage == "final")
+        if options.stage in (None, "timed"):
+            campaign.timed(strict=options.stage == "timed")
     for path in write_report(plan, options.results):
         print(f"written: {path}")
 

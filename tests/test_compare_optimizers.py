@@ -30,7 +30,7 @@ if rate > s.get("crash_above", 1e9):
     sys.exit("stub: it broke\\n\\n")
 nan = rate > s.get("nan_above", 1e9)
 final = abs(math.log10(rate) + 1) + 0.01 * s.get("seed", 0)
-steps = 4 if "max_steps" in s else 400
+steps = s.get("max_steps", 400)
 history = [
     {"step": i, "loss": final + 1 / i, "train_seconds": i * rate, "grad_norm": 1.0, "epoch": i / 9}
     for i in range(1, steps + 1)
@@ -414,6 +414,55 @@ def test_seconds_without_train_seconds_are_marked(bench):
     assert "seconds include the evaluations" in (bench.results / "table.md").read_text()
 
 
+def test_settings_of_the_trainer_are_searched_too(bench):
+    bench.plan["search_overrides"]["warmup_steps"] = 2
+    search = {"warmup_steps": [0.01, 0.3], "max_grad_norm": [0.1, 10.0]}
+    bench.plan["optimizers"]["fngd"]["search"].update(search)
+    assert bench.run() == 0
+    for name in ("search-01", "search-03", "final-seed1"):
+        run = bench.result("fngd", name)
+        for key, (low, high) in search.items():
+            assert low <= run["settings"][key] == run["searched"][key] <= high
+        assert run["settings"]["optim_args"].endswith(f"|b,damping={run['searched']['damping']}")
+    values = bench.result("fngd", "final-seed1")["searched"]
+    told = f"warmup_steps={values['warmup_steps']:g}, max_grad_norm={values['max_grad_norm']:g}, "
+    assert bench.cells("fngd")["other settings"].startswith(told)
+    assert bench.result("sgd", "search-01")["settings"]["warmup_steps"] == 2
+    assert "warmup_steps" not in bench.result("sgd", "final-seed1")["settings"]
+
+
+def test_equal_time(bench):
+    assert "the plan has no equal_time" in bench.refused("--stage", "timed")
+    bench.plan["equal_time"] = "sgd"
+    line = bench.refused("--stage", "timed")
+    assert "final runs of sgd or fngd are missing: run --stage final" in line
+    assert bench.run() == 0, bench.said.err
+    assert bench.calls()[-2:] == ["fngd 1 True", "fngd 2 True"]
+    assert not list((bench.results / "runs/sgd").glob("timed*"))
+    # In the stub a step takes as many seconds as the learning rate says.
+    rates = {
+        n: bench.result(n, "final-seed1")["settings"]["learning_rate"] for n in ("sgd", "fngd")
+    }
+    steps = round(400 * rates["sgd"] / rates["fngd"])
+    for seed in (1, 2):
+        run = bench.result("fngd", f"timed-seed{seed}")
+        assert (
+            run["settings"]["max_steps"] == run["steps"] == steps
+            and run["settings"]["seed"] == seed
+        )
+        assert run["settings"]["learning_rate"] == rates["fngd"]
+    text = (bench.results / "table.md").read_text()
+    rows = [line.split("|") for line in text[text.index("At equal time") :].splitlines()]
+    (row,) = ([c.strip() for c in line] for line in rows if len(line) > 1 and "fngd" in line[1])
+    assert row[2:4] == ["2 of 2", str(steps)] and float(row[-2]) == pytest.approx(
+        400 * rates["sgd"], rel=1e-2
+    )
+    count = len(bench.calls())
+    assert bench.run() == 0 and len(bench.calls()) == count
+    (bench.results / "runs/fngd/timed-seed2.json").unlink()
+    assert bench.run("--stage", "timed") == 0 and bench.calls()[count:] == ["fngd 2 True"]
+
+
 def entry(**changes):
     return {"sgd": {"optim": "plain", "search": {"learning_rate": [0.1, 1.0]}, **changes}}
 
@@ -431,6 +480,7 @@ BAD = {
     "no such script": ({"script": "no/such.py"}, "there is no training script 'no/such.py'"),
     "reserved": ({"base": {"output_dir": "x"}}, "base sets 'output_dir', .*remove it"),
     "test set": ({"search_overrides": {"do_predict": True}}, "search_overrides sets 'do_predict'"),
+    "reference": ({"equal_time": "adam"}, "equal_time 'adam' is no label: choose sgd, fngd"),
     "base": ({"base": []}, "base must be a JSON object"),
     "label": ({"optimizers": {"../x": entry()["sgd"]}}, "optimizers.../x: a label is a folder"),
     "entry": ({"optimizers": entry(trials=9)}, "optimizers.sgd has an unknown name 'trials'"),

@@ -12,9 +12,9 @@ from typing import Any
 
 from comparison import results
 from comparison.jobs import Job, final_jobs, search_jobs
+from comparison.outcome import choice, timed_jobs
 from comparison.plan import Plan, PlanError
 from comparison.run import execute
-from comparison.search import choose
 
 
 class Campaign:
@@ -45,7 +45,8 @@ class Campaign:
         """Reads every earlier result, so that a changed plan is refused before anything runs."""
         for label in self.labels:
             chosen = choice(self.plan, self.folder, self.trials[label])
-            for job in final_jobs(self.plan, label, chosen["searched"]) if chosen else ():
+            final = final_jobs(self.plan, label, chosen["searched"]) if chosen else []
+            for job in [*final, *(timed_jobs(self.plan, self.folder, label) or [])]:
                 self._read(job)
 
     def search(self) -> None:
@@ -73,6 +74,26 @@ class Campaign:
                 print(f"{label}: no trial ended with a finite {self.plan.objective}: no final runs")
         self._make(jobs)
 
+    def timed(self, strict: bool) -> None:
+        """Makes the missing runs of equal time, where the plan asks for them.
+
+        Args:
+            strict: Refuse missing final runs instead of leaving it for the next time.
+
+        Raises:
+            PlanError: If strict, and the plan asks for none or a final run is missing.
+        """
+        if strict and self.plan.equal_time is None:
+            raise PlanError("the plan has no equal_time: add it, with the label of an optimizer")
+        columns = []
+        for label in self.labels:
+            jobs = timed_jobs(self.plan, self.folder, label)
+            if jobs is None and strict:
+                both = f"{self.plan.equal_time} or {label}"
+                raise PlanError(f"final runs of {both} are missing: run --stage final")
+            columns.append(jobs or [])
+        self._make(columns)
+
     def _read(self, job: Job) -> dict[str, Any] | None:
         return results.read(self.folder, job, self.plan.script.name)
 
@@ -95,21 +116,6 @@ class Campaign:
                 result = execute(self.plan, job, self.work, lock)
                 results.write(results.result_path(self.folder, job), result)
                 print(f"[{number}/{len(todo)}] {_line(job, result)}", flush=True)
-
-
-def choice(plan: Plan, folder: Path, jobs: Sequence[Job]) -> dict[str, Any] | None:
-    """Finds the best trial of a complete search.
-
-    Args:
-        plan: The plan.
-        folder: Folder of results.
-        jobs: The trials of one optimizer.
-
-    Returns:
-        Its result; None if trials are missing or none was usable.
-    """
-    found = [results.read(folder, job, plan.script.name) for job in jobs]
-    return None if None in found else choose(plan, found)
 
 
 def _line(job: Job, result: dict[str, Any]) -> str:

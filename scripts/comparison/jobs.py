@@ -9,6 +9,9 @@ from typing import Any
 from comparison.plan import Optimizer, Plan
 from comparison.search import draw
 
+# Searched names that the Trainer takes; all others are the optimizer's own.
+TRAINER_SETTINGS = ("learning_rate", "warmup_steps", "max_grad_norm", "weight_decay")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,13 +44,17 @@ def search_jobs(plan: Plan) -> dict[str, list[Job]]:
     }
 
 
-def final_jobs(plan: Plan, label: str, values: Mapping[str, float]) -> list[Job]:
+def final_jobs(
+    plan: Plan, label: str, values: Mapping[str, float], steps: int | None = None
+) -> list[Job]:
     """Gives the final runs of one optimizer.
 
     Args:
         plan: The plan.
         label: The optimizer.
         values: What the search chose.
+        steps: Steps of the runs that take as long as those of another optimizer; default: the
+            plan's own length.
 
     Returns:
         A run for each seed.
@@ -55,8 +62,11 @@ def final_jobs(plan: Plan, label: str, values: Mapping[str, float]) -> list[Job]
     jobs = []
     for seed in plan.final_seeds:
         common = {"seed": seed, "do_predict": bool(plan.final_metrics)}
+        if steps is not None:
+            common["max_steps"] = steps
         settings = _settings(plan, plan.optimizers[label], values, common)
-        jobs.append(Job(label, f"final-seed{seed}", True, dict(values), settings))
+        name = f"final-seed{seed}" if steps is None else f"timed-seed{seed}"
+        jobs.append(Job(label, name, True, dict(values), settings))
     return jobs
 
 
@@ -65,12 +75,12 @@ def optim_args(optimizer: Optimizer, values: Mapping[str, float]) -> str | None:
 
     Args:
         optimizer: Its fixed settings.
-        values: Searched values; `learning_rate` is the Trainer's, not the optimizer's.
+        values: Searched values; those of `TRAINER_SETTINGS` are left out.
 
     Returns:
         `name=value,name=value`, or None if there are none.
     """
-    own = {name: value for name, value in values.items() if name != "learning_rate"}
+    own = {name: value for name, value in values.items() if name not in TRAINER_SETTINGS}
     return ",".join(f"{n}={_text(v)}" for n, v in {**optimizer.optim_args, **own}.items()) or None
 
 
@@ -90,11 +100,10 @@ def _settings(
         "do_train": True,
         "do_eval": True,
         **common,
+        **{name: value for name, value in values.items() if name in TRAINER_SETTINGS},
         "optim": optimizer.optim,
     }
     own = optim_args(optimizer, values)
     if own:
         settings["optim_args"] = own
-    if "learning_rate" in values:
-        settings["learning_rate"] = values["learning_rate"]
     return settings

@@ -17,7 +17,7 @@ OBJECTIVES = {"eval_loss": False, "eval_accuracy": True, "eval_bleu": True, "eva
 # The comparison sets these for each run.
 RESERVED = ("optim", "optim_args", "output_dir", "do_train", "do_eval", "do_predict")
 REQUIRED = ("script", "base", "optimizers", "trials", "final_seeds", "objective")
-OPTIONAL = ("seed", "search_overrides", "final_metrics")
+OPTIONAL = ("seed", "search_overrides", "final_metrics", "equal_time")
 
 
 class PlanError(ValueError):
@@ -48,6 +48,7 @@ class Plan:
     final_seeds: tuple[int, ...]
     objective: str
     final_metrics: tuple[str, ...]
+    equal_time: str | None
 
     @property
     def more_is_better(self) -> bool:
@@ -100,6 +101,9 @@ def load_plan(path: Path) -> Plan:
     metrics = _list("final_metrics", raw.get("final_metrics", []))
     if not all(isinstance(name, str) for name in metrics):
         raise PlanError(f"final_metrics must be a list of names, not {metrics!r}")
+    reference = raw.get("equal_time")
+    if reference is not None and reference not in optimizers:
+        raise PlanError(f"equal_time {reference!r} is no label: choose {', '.join(optimizers)}")
     return Plan(
         path=path,
         script=_script(raw["script"]),
@@ -111,6 +115,7 @@ def load_plan(path: Path) -> Plan:
         final_seeds=tuple(seeds),
         objective=objective,
         final_metrics=tuple(metrics),
+        equal_time=reference,
     )
 
 

@@ -2,73 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from comparison import curves, results
-from comparison.campaign import choice
-from comparison.jobs import final_jobs, optim_args, search_jobs
-from comparison.plan import Optimizer, Plan, shown
+from comparison.jobs import TRAINER_SETTINGS, optim_args
+from comparison.outcome import NONE, Outcome, outcomes, spread
+from comparison.plan import Plan, shown
 from comparison.search import at_edge
-
-NONE = "–"
-
-
-@dataclass
-class Outcome:
-    """What is known of one optimizer so far."""
-
-    optimizer: Optimizer
-    trials: list[dict[str, Any]]
-    chosen: dict[str, Any] | None
-    finals: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def usable(self) -> list[dict[str, Any]]:
-        """The final runs that ended well."""
-        return [run for run in self.finals if run["status"] == "ok"]
-
-    def numbers(self, name: str) -> list[float]:
-        """Gathers one number over the final runs that ended well.
-
-        Args:
-            name: Key of the result, or name of a test metric.
-
-        Returns:
-            A number for each run that has it.
-        """
-        places = ((run, run["test"]) for run in self.usable)
-        found = (run.get(name, test.get(name, test.get(f"test_{name}"))) for run, test in places)
-        return [value for value in found if value is not None]
-
-
-def outcomes(plan: Plan, folder: Path) -> list[Outcome]:
-    """Reads every result of a plan.
-
-    Args:
-        plan: The plan.
-        folder: Folder of results.
-
-    Returns:
-        One outcome for each optimizer, in the order of the plan.
-    """
-    found = []
-    for label, jobs in search_jobs(plan).items():
-        chosen = choice(plan, folder, jobs)
-        final = final_jobs(plan, label, chosen["searched"]) if chosen else []
-        trials, finals = (
-            [run for job in some if (run := results.read(folder, job, plan.script.name))]
-            for some in (jobs, final)
-        )
-        found.append(Outcome(plan.optimizers[label], trials, chosen, finals))
-    return found
 
 
 def write_report(plan: Plan, folder: Path) -> list[Path]:
@@ -130,7 +76,9 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             values, settings = outcome.chosen["searched"], outcome.chosen["settings"]
             rate = settings.get("learning_rate")
             row["learning rate"] = NONE if rate is None else f"{rate:g}"
-            row["other settings"] = _cell(optim_args(outcome.optimizer, values) or NONE)
+            told = [f"{n}={values[n]:g}" for n in TRAINER_SETTINGS[1:] if n in values]
+            told += filter(None, [optim_args(outcome.optimizer, values)])
+            row["other settings"] = _cell(", ".join(told) or NONE)
         rows.append(row)
     places = [shown(plan.path), "--results", shown(folder)]
     command = ["python", "scripts/compare_optimizers.py", *places]
@@ -144,10 +92,38 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
         f"Final runs: mean ± sample standard deviation; seeds: {seeds}. Settings: those of "
         f"the trial with the {better} {plan.objective}, of {plan.trials} for each optimizer "
         "(search.md). Training loss: the last logged one.",
+        *_equal_time(plan, found),
         *_notes(plan, found),
         *_machine(found),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _equal_time(plan: Plan, found: Sequence[Outcome]) -> list[str]:
+    if plan.equal_time is None:
+        return []
+    rows = []
+    for outcome in found:
+        # The reference has made its steps in its own time already.
+        reference = outcome.optimizer.label == plan.equal_time
+        runs = outcome.usable if reference else outcome.usable_timed
+        rows.append(
+            {
+                "optimizer": outcome.optimizer.label,
+                "runs": f"{len(runs)} of {len(plan.final_seeds)}",
+                "steps": _mean(outcome.numbers("steps", runs)),
+                **{f"test {n}": spread(outcome.numbers(n, runs)) for n in plan.final_metrics},
+                plan.objective: spread(outcome.numbers("objective", runs)),
+                "training s": _mean(outcome.numbers("train_seconds", runs)),
+            }
+        )
+    return [
+        "",
+        f"At equal time: as many steps as fit into the training seconds of {plan.equal_time}, by "
+        "the seconds a step of the runs above, with the whole learning-rate schedule.",
+        "",
+        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
+    ]
 
 
 def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
@@ -186,24 +162,6 @@ def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(numbers: Sequence[float]) -> str:
-    """Writes mean and sample standard deviation, the mean to four digits.
-
-    Args:
-        numbers: One for each seed.
-
-    Returns:
-        Text; without a deviation for a single number.
-    """
-    if not numbers:
-        return NONE
-    mean = statistics.mean(numbers)
-    digits = 3 if mean == 0 else max(0, 3 - math.floor(math.log10(abs(mean))))
-    if len(numbers) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -229,7 +187,7 @@ def _notes(plan: Plan, found: Sequence[Outcome]) -> list[str]:
             left = len(plan.final_seeds) - len(outcome.finals)
             if left:
                 notes.append(f"{label}: {left} of {len(plan.final_seeds)} final runs are missing.")
-            for run in outcome.finals:
+            for run in [*outcome.finals, *outcome.timed]:
                 if run["status"] != "ok":
                     told = f"{run['status']} ({run['reason']})"
                     notes.append(f"{label}: {run['run']} {told} and is not part of the means.")
@@ -241,7 +199,7 @@ def _notes(plan: Plan, found: Sequence[Outcome]) -> list[str]:
 def _machine(found: Sequence[Outcome]) -> list[str]:
     machines: list[Mapping[str, Any]] = []
     for outcome in found:
-        for run in [*outcome.trials, *outcome.finals]:
+        for run in [*outcome.trials, *outcome.finals, *outcome.timed]:
             # A failed run tells less; what it tells is no other machine.
             if run["status"] != "failed" and run["environment"] not in machines:
                 machines.append(run["environment"])
