@@ -150,6 +150,29 @@ def solve_nystrom(
     return Solution(gamma if finite else ones, finite, fallback=attempt > 0)
 
 
+def temper(
+    gamma: Tensor, *, scale: str = "free", maximum: float | None = None, power: float = 1.0
+) -> Tensor:
+    """Makes the weights of samples less uneven; an addition of hf_fngd.
+
+    Args:
+        gamma: γ of the samples that count, of any shape.
+        scale: `one` divides γ by its mean, which is positive for every exact solution since
+            (I + rK)⁻¹ is positive definite; `free` does not.
+        maximum: Bound b of the interval [0, b] that γ is then clipped to.
+        power: α in [0, 1]; γ at last becomes max(γ, 0)^α, unless α = 1.
+
+    Returns:
+        γ of the same shape; the same tensor where nothing is to be done.
+    """
+    if scale == "one" and gamma.numel():
+        mean = gamma.mean()
+        gamma = torch.where(mean > 0, gamma / mean, torch.ones_like(gamma))
+    if maximum is not None:
+        gamma = gamma.clamp(0, maximum)
+    return gamma if power == 1.0 else gamma.clamp(min=0) ** power
+
+
 def inverse_of_shifted(matrix: Tensor) -> tuple[Tensor, bool]:
     """Inverts I + S for positive semi-definite S, by Cholesky where that works.
 

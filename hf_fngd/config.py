@@ -31,8 +31,41 @@ class FNGDConfig(OptimizerConfig):
     )
     refresh_every: int = setting(
         0,
-        "Compute the coefficients anew in one epoch out of this many; 0: first epoch only.",
+        "Begin to compute the coefficients anew every so many epochs; 0: never.",
         at_least=0,
+        resumed=True,
+    )
+    collect_from: int = setting(
+        0,
+        "Epoch, from 0, in which coefficients are first computed; before it the gradient is plain.",
+        at_least=0,
+        resumed=True,
+    )
+    collect_epochs: int = setting(
+        1,
+        "Epochs in a row in which coefficients are computed; what is kept is their mean.",
+        at_least=1,
+        resumed=True,
+    )
+    gamma_scale: str = setting(
+        "free",
+        "free (γ as computed) or one (γ over its mean in the batch: it weights samples and leaves "
+        "the length of the layer's step alone).",
+        choices=("free", "one"),
+        resumed=True,
+    )
+    gamma_max: float | None = setting(
+        None,
+        "Bound b: γ, after gamma_scale, is clipped to [0, b].",
+        above=0.0,
+        resumed=True,
+    )
+    gamma_power: float = setting(
+        1.0,
+        "Exponent α in [0, 1]: γ, after gamma_max, becomes max(γ, 0)^α; 1: as computed, 0: plain "
+        "gradient.",
+        at_least=0.0,
+        at_most=1.0,
         resumed=True,
     )
     fisher_unit: str = setting(
@@ -75,6 +108,12 @@ class FNGDConfig(OptimizerConfig):
             raise FNGDError(
                 f"gram_route={self.gram_route} does not go with fisher_unit={self.fisher_unit}: "
                 f"choose {', '.join(_ROUTES[self.fisher_unit])}"
+            )
+        if 0 < self.refresh_every < self.collect_epochs:
+            raise FNGDError(
+                f"refresh_every={self.refresh_every} is less than collect_epochs="
+                f"{self.collect_epochs}: coefficients would be computed in every epoch; "
+                "set share=none for that"
             )
         if self.fisher_unit == "token" and self.share not in ("none", "label"):
             raise FNGDError(

@@ -63,12 +63,22 @@ class FNGDState(BatchTracker[Batch]):
         return MeanStore(len(self.names))
 
     @property
+    def waiting(self) -> bool:
+        """Whether this epoch lies before the first that computes coefficients."""
+        return self.epoch < self.config.collect_from
+
+    @property
     def collecting(self) -> bool:
         """Whether this epoch computes coefficients for all of its batches."""
-        if self.store is None or self.epoch == 0:
-            return True
-        every = self.config.refresh_every
-        return every > 0 and self.epoch % every == 0
+        if self.waiting:
+            return False
+        return self.store is None or self._round < self.config.collect_epochs
+
+    @property
+    def _round(self) -> int:
+        """Number of the epoch since coefficients were last begun to be computed, from 0."""
+        since, every = self.epoch - self.config.collect_from, self.config.refresh_every
+        return since % every if every else since
 
     def start_epoch(self, epoch: int) -> None:
         """Enters an epoch; entering the present one again (resume) changes nothing.
@@ -85,7 +95,7 @@ class FNGDState(BatchTracker[Batch]):
         self.statistics.start_epoch()
         if isinstance(self.store, SampleStore):
             self.store.trim()
-        elif self.store is not None and self.collecting:
+        elif self.store is not None and self._round == 0:
             self.store.reset()
 
     def synchronize(self) -> None:
@@ -121,6 +131,9 @@ class FNGDState(BatchTracker[Batch]):
         if size is None and isinstance(labels, Tensor):
             size = len(labels)
         self._close()
+        if self.waiting:
+            self.batch = None
+            return
         self.batch = batch = Batch(size, labels, self.collecting)
         if isinstance(self.store, SampleStore):
             assert sample_ids is not None
@@ -160,7 +173,8 @@ class FNGDState(BatchTracker[Batch]):
         for batch in self._unwritten:
             assert isinstance(self.store, SampleStore)
             if batch.used and batch.rows is not None and batch.found is not None:
-                self.store.write(batch.rows, batch.found.cpu())
+                part = 1 / (self._round + 1) if self.collecting else 1.0
+                self.store.write(batch.rows, batch.found.cpu(), part)
         # A batch that was announced may still be waiting for its backward pass.
         self._unwritten = [b for b in self._unwritten if not b.used or b is self.batch]
 

@@ -76,13 +76,13 @@ class FNGD(LayerOptimizer):
         """Reports on the coefficients since the last call.
 
         Returns:
-            `phase` (collect or reuse), `epoch`, `damping`, `layers` and `layers_left_out`,
+            `phase` (wait, collect or reuse), `epoch`, `damping`, `layers` and `layers_left_out`,
             `gram_seconds`, counts of non-finite and refactored Gram matrices (`nonfinite`,
             `fallbacks`); where known, `reuse_rate` of the epoch and mean, minimum and maximum of γ.
         """
         state = self.coefficients
         return {
-            "phase": "collect" if state.collecting else "reuse",
+            "phase": "wait" if state.waiting else "collect" if state.collecting else "reuse",
             "epoch": float(state.epoch),
             **super().statistics(),
             **state.statistics.report(),

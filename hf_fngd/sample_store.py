@@ -108,17 +108,21 @@ class SampleStore:
             values = torch.where(missing, self._means, values)
         return values
 
-    def write(self, rows: Tensor, values: Tensor) -> None:
+    def write(self, rows: Tensor, values: Tensor, part: float = 1.0) -> None:
         """Stores the coefficients of a batch.
 
         Args:
             rows: Row numbers from `locate`.
             values: Matrix `[N, layers]`; NaN entries leave what is stored.
+            part: Share of the new value beside one that is stored already: 1/k for the k-th makes
+                the mean of all.
         """
         keep = rows >= 0
         self._means = None
         rows, values = rows[keep], values[keep].to(self.table)
         old = self.table[rows]
+        if part < 1:
+            values = torch.where(old.isnan(), values, old.lerp(values, part))
         self.table[rows] = torch.where(values.isnan(), old, values)
         filled = rows[~values.isnan().all(1)]
         self.known[filled] = True

@@ -26,6 +26,17 @@ class LayerState(TrackedLayer[FNGDState]):
         adapter: Adapter of the layer's type.
     """
 
+    def begin(self, rows: int) -> Batch | None:
+        """Gives the pass that a call belongs to.
+
+        Args:
+            rows: First dimension of the input.
+
+        Returns:
+            The batch, or None to leave the call alone: also in the epochs before `collect_from`.
+        """
+        return None if self.state.waiting else self.state.current(rows, self.name)
+
     def weights(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
         """Looks up γ for one call.
 
@@ -134,7 +145,7 @@ class LayerState(TrackedLayer[FNGDState]):
             solution = coefficients.solve(
                 matrix, damping=config.damping, mode=config.damping_mode, kappa=kappa
             )
-            gamma = solution.gamma
+            gamma = self._temper(solution.gamma)
             alive = None
         else:
             norms = gram.token_norms(a, g, bias=bias)
@@ -146,6 +157,12 @@ class LayerState(TrackedLayer[FNGDState]):
         if solution.finite:
             self._remember(batch, gamma, alive, calls)
         return gamma, per_sample
+
+    def _temper(self, gamma: Tensor) -> Tensor:
+        config = self.state.config
+        return coefficients.temper(
+            gamma, scale=config.gamma_scale, maximum=config.gamma_max, power=config.gamma_power
+        )
 
     def _solve_tokens(
         self, a: Tensor, g: Tensor, bias: bool, norms: Tensor, kappa: float
@@ -174,7 +191,7 @@ class LayerState(TrackedLayer[FNGDState]):
             columns = gram.token_gram(a, g, a[:, chosen], g[:, chosen], bias=bias)
             solution = coefficients.solve_nystrom(columns, chosen, norms.sum(), count, **options)
         gamma = torch.ones_like(norms)
-        gamma[alive] = solution.gamma
+        gamma[alive] = self._temper(solution.gamma)
         return solution._replace(gamma=gamma)
 
     def _remember(

@@ -7,7 +7,7 @@ import torch
 from helpers import gamma_of
 from torch import Tensor
 
-from hf_fngd.coefficients import Solution, solve, solve_nystrom
+from hf_fngd.coefficients import Solution, solve, solve_nystrom, temper
 
 DAMPINGS = [1e-3, 0.1, 10.0]
 
@@ -180,3 +180,25 @@ def test_input_is_left_alone() -> None:
     solve(gram, damping=0.1)
     nystrom(gram, [1, 2], 0.1)
     assert torch.equal(gram, before)
+
+
+def test_temper() -> None:
+    gamma = torch.tensor([-0.5, 0.0, 1.0, 3.5], dtype=torch.float64)
+    assert temper(gamma) is gamma
+    assert temper(gamma, scale="one").tolist() == [-0.5, 0.0, 1.0, 3.5]
+    assert temper(gamma, maximum=2.0).tolist() == [0.0, 0.0, 1.0, 2.0]
+    assert temper(2 * gamma, scale="one", maximum=2.0).tolist() == [0.0, 0.0, 1.0, 2.0]
+    assert temper(gamma, power=0.0).tolist() == [1.0] * 4
+    assert temper(4 * gamma, power=0.5).tolist() == pytest.approx([0.0, 0.0, 2.0, 14**0.5])
+
+
+def test_mean_of_exact_weights_is_positive() -> None:
+    # So dividing by it is safe, even where single weights are negative.
+    for seed in range(20):
+        torch.manual_seed(seed)
+        u = gradients(n=30, p=5)
+        gamma = solve(u.t() @ u, damping=1e-6).gamma
+        assert gamma.min() < 0 < gamma.mean()
+        torch.testing.assert_close(
+            temper(gamma, scale="one").mean(), torch.tensor(1.0).double(), rtol=1e-9, atol=0
+        )

@@ -181,6 +181,103 @@ def test_refresh_every(share: str, model: nn.Module, inputs: Tensor, classes: Te
             check(model, inputs[rows], found, gamma)
 
 
+@pytest.mark.parametrize("share", ["sample", "layer", "none"])
+def test_collect_from(share: str, model: nn.Module, inputs: Tensor, classes: Tensor) -> None:
+    plain = copy.deepcopy(model)
+    optimizer = create_fngd_optimizer(model, lr=0.1, share=share, damping=DAMPING, collect_from=2)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(2):
+        optimizer.start_epoch(epoch)
+        assert optimizer.statistics()["phase"] == "wait"
+        for rows, found in train(optimizer, model, inputs, classes, FIRST_EPOCH):
+            reference.zero_grad()
+            shares(plain, inputs[rows]).sum().backward()
+            assert_same(found, gradients(plain))
+            reference.step()
+    numbers = optimizer.statistics()
+    assert numbers["gram_seconds"] == 0 and "reuse_rate" not in numbers
+    collected: dict[int, dict[str, Tensor]] = {}
+    optimizer.start_epoch(2)
+    assert optimizer.statistics()["phase"] == "collect"
+    for rows, found in train(optimizer, model, inputs, classes, FIRST_EPOCH):
+        collected[rows[0]] = gammas(model, inputs[rows])
+        check(model, inputs[rows], found, collected[rows[0]])
+    optimizer.start_epoch(3)
+    assert optimizer.statistics()["phase"] == ("collect" if share == "none" else "reuse")
+    for rows, found in train(optimizer, model, inputs, classes, FIRST_EPOCH):
+        gamma = gammas(model, inputs[rows]) if share == "none" else collected[rows[0]]
+        if share == "layer":
+            total = {path: torch.cat([one[path] for one in collected.values()]) for path in gamma}
+            gamma = {path: value.mean().expand(len(rows)) for path, value in total.items()}
+        check(model, inputs[rows], found, gamma)
+
+
+@pytest.mark.parametrize("refresh_every", [0, 5])
+@pytest.mark.parametrize("share", ["sample", "label"])
+def test_mean_over_collected_epochs(
+    share: str, refresh_every: int, model: nn.Module, inputs: Tensor, classes: Tensor
+) -> None:
+    optimizer = create_fngd_optimizer(
+        model,
+        lr=0.1,
+        share=share,
+        damping=DAMPING,
+        collect_from=1,
+        collect_epochs=3,
+        refresh_every=refresh_every,
+    )
+    epochs: list[dict[str, Tensor]] = []
+    rows = FIRST_EPOCH[0]  # classes 0, 1, 2, 0
+    for epoch in range(11):
+        optimizer.start_epoch(epoch)
+        since = (epoch - 1) % refresh_every if refresh_every else epoch - 1
+        wanted = "wait" if epoch == 0 else "collect" if since < 3 else "reuse"
+        assert optimizer.statistics()["phase"] == wanted
+        for _, found in train(optimizer, model, inputs, classes, [rows]):
+            if wanted == "collect":
+                epochs = (epochs if since else []) + [gammas(model, inputs[rows])]
+                check(model, inputs[rows], found, epochs[-1])
+            elif wanted == "reuse":
+                mean = {p: sum(one[p] for one in epochs) / 3 for p in epochs[0]}
+                if share == "label":
+                    for value in mean.values():
+                        value[[0, 3]] = value[[0, 3]].mean()
+                check(model, inputs[rows], found, mean)
+
+
+def test_tempered_weights_are_used_and_stored(
+    model: nn.Module, inputs: Tensor, classes: Tensor
+) -> None:
+    optimizer = create_fngd_optimizer(
+        model, lr=0.0, damping=DAMPING, gamma_scale="one", gamma_max=1.3, gamma_power=0.5
+    )
+    for epoch in range(2):
+        optimizer.start_epoch(epoch)
+        for rows, found in train(optimizer, model, inputs, classes, FIRST_EPOCH):
+            gamma = gammas(model, inputs[rows])
+            gamma = {p: (g / g.mean()).clamp(0, 1.3).sqrt() for p, g in gamma.items()}
+            assert any((g == 1.3**0.5).any() for g in gamma.values())
+            check(model, inputs[rows], found, gamma)
+
+
+def test_power_zero_is_the_plain_gradient(
+    model: nn.Module, inputs: Tensor, classes: Tensor
+) -> None:
+    plain = copy.deepcopy(model)
+    optimizer = create_fngd_optimizer(model, lr=0.0, damping=1e-4, gamma_power=0.0)
+    for rows, found in train(optimizer, model, inputs, classes, FIRST_EPOCH):
+        plain.zero_grad()
+        shares(plain, inputs[rows]).sum().backward()
+        assert_same(found, gradients(plain), rtol=1e-12, atol=1e-15)
+
+
+def test_more_collected_epochs_than_there_are_is_refused() -> None:
+    with pytest.raises(
+        FNGDError, match="refresh_every=2 is less than collect_epochs=3: .*share=none"
+    ):
+        create_fngd_optimizer(nn.Linear(2, 2), lr=0.1, refresh_every=2, collect_epochs=3)
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("share", ["sample", "label"])
 def test_batch_must_be_announced(share: str, epoch: int, model: nn.Module, inputs: Tensor) -> None:
