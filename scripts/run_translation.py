@@ -28,11 +28,19 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from translation.data import DataArguments, load_pairs, sentences, tokenize
+from translation.data import (
+    DataArguments,
+    load_extra_tests,
+    load_pairs,
+    sentences,
+    tokenize,
+)
 from translation.metrics import ComputeMetrics, score
 from translation.model import ModelArguments, load_model
+from translation.noise import separation
 
 from hf_fngd import FNGDSeq2SeqTrainer
+from hf_fngd.hf.callback import unwrap_optimizer
 from hf_fngd.hf.card import CardMixin
 from hf_fngd.hf.loss_scale import LossScaleMixin
 
@@ -70,7 +78,7 @@ def main() -> None:
     )
     quieten(args)
     set_seed(args.seed)
-    pairs = load_pairs(data_args)
+    pairs, extra = load_pairs(data_args), load_extra_tests(data_args)
     if args.do_train and "train" not in pairs:
         raise InputError("--do_train needs training pairs: give --train_file")
     languages = (data_args.source_lang, data_args.target_lang)
@@ -97,14 +105,25 @@ def main() -> None:
     if args.do_train:
         # Its history is without the final evaluations, which decode with more beams.
         found |= train(trainer)
+        if data_args.misaligned_fraction:
+            optimizer = unwrap_optimizer(trainer.optimizer)
+            found["misaligned"] = separation(optimizer, pairs["train"])
     if args.do_eval and "validation" in tokens:
         found["validation"] = trainer.evaluate(num_beams=model_args.num_beams)
-    if args.do_predict and "test" in tokens:
-        metrics.expect(pairs["test"]["target"], tokens["test"]["labels"])
-        output = trainer.predict(
-            tokens["test"], metric_key_prefix="test", num_beams=model_args.num_beams
-        )
-        found["test"] = {**output.metrics, **score(metrics.predictions, metrics.references)}
+    if args.do_predict:
+        tests = {**extra, **({"test": pairs["test"]} if "test" in pairs else {})}
+        for name, rows in tests.items():
+            inputs = tokens["test"] if name == "test" else tokenize(rows, tokenizer, data_args)
+            metrics.expect(rows["target"], inputs["labels"])
+            output = trainer.predict(
+                inputs, metric_key_prefix="test", num_beams=model_args.num_beams
+            )
+            scores = score(metrics.predictions, metrics.references)
+            more = {f"{metric}_{name}": scores[metric] for metric in METRICS}
+            # The test set proper is the last one, so its translations are the ones reported.
+            found["test"] = found.get("test", {}) | (
+                {**output.metrics, **scores} if name == "test" else more
+            )
     if trainer.is_world_process_zero():
         _report(trainer, pairs, metrics, found, model_args, data_args)
     if args.push_to_hub and args.do_train:

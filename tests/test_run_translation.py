@@ -145,6 +145,7 @@ def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
     packed.write_bytes(gzip.compress(pairs(32).encode()))
     shape = dict.fromkeys(["vocab_size", "d_model", "ffn_dim", "layers", "attention_heads"])
     changes = {
+        "extra_test_file": files / "validation.jsonl",
         "model_name_or_path": files / "out",
         "train_file": packed,
         "optim": "adamw_torch",
@@ -160,6 +161,33 @@ def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
     card = (files / "second" / "README.md").read_text()
     assert "natural-gradient" not in card and "fine-tuned from a local checkpoint" in card
     assert "base_model" not in card
+    found = json.loads((files / "second" / "metrics.json").read_text())
+    # The validation file is also a second test set; the first one's translations are reported.
+    assert found["test"]["chrf_validation"] == pytest.approx(found["validation"]["eval_chrf"])
+    rows = (files / "second" / "predictions.jsonl").read_text().splitlines()
+    expected = [json.loads(line)["translation"]["en"] for line in pairs(6, 54).splitlines()]
+    assert [json.loads(row)["source"] for row in rows] == expected
+
+
+@pytest.mark.slow
+def test_adapters_on_misaligned_pairs(files):
+    first = run(*options(files, num_train_epochs=1, eval_strategy="no", do_predict=False))
+    assert first.returncode == 0, first.stderr
+    shape = dict.fromkeys(["vocab_size", "d_model", "ffn_dim", "layers", "attention_heads"])
+    changes = {
+        "model_name_or_path": files / "out",
+        "lora_rank": 2,
+        "misaligned_fraction": 0.25,
+        "output_dir": files / "second",
+    }
+    out = run(*options(files, **shape, **changes))
+    assert out.returncode == 0, out.stderr
+    found = json.loads((files / "second" / "metrics.json").read_text())
+    assert found["misaligned"]["pairs"] == 12 and 0 <= found["misaligned"]["auc"] <= 1
+    assert all(".lora_" in name for name in found["misaligned"]["auc_by_layer"])
+    adapters = json.loads((files / "second" / "adapter_config.json").read_text())
+    assert (adapters["r"], adapters["lora_alpha"]) == (2, 4)
+    assert not (files / "second" / "model.safetensors").exists()
 
 
 def test_settings_from_a_json_file(files):
@@ -232,6 +260,15 @@ BAD = {
     "no such data set": (
         lambda f: {"dataset_name": "nobody/nothing", "train_file": None},
         "cannot load the data set 'nobody/nothing'",
+    ),
+    "adapters on nothing": (
+        lambda f: {"lora_rank": 4},
+        "--lora_rank adapts a trained model: give --model_name_or_path",
+    ),
+    "misaligned": (lambda f: {"misaligned_fraction": 2}, "must be in .0, 1., not 2"),
+    "second test set": (
+        lambda f: {"extra_test_file": f / "test.jsonl"},
+        "--extra_test_file: a second test set is called 'test'",
     ),
     "no such model": (
         lambda f: {"model_name_or_path": f / "no-model"},

@@ -107,6 +107,7 @@ def _outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation_in_seconds": not timed,
         "validation": metrics.get("validation", {}),
         "test": metrics.get("test", {}),
+        **({"misaligned": metrics["misaligned"]} if metrics.get("misaligned") else {}),
     }
 
 

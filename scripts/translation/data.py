@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 from common.arguments import InputError
 from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub
 from transformers import PreTrainedTokenizerBase
+
+from translation.noise import misalign
 
 BUILDERS = dict.fromkeys((".json", ".json.gz", ".jsonl.gz", ".jsonl"), "json")
 
@@ -39,6 +42,15 @@ class DataArguments(SourceArguments):
     )
     max_source_length: int = field(default=128, metadata={"help": "Source tokens kept at most."})
     max_target_length: int = field(default=128, metadata={"help": "Target tokens kept at most."})
+    extra_test_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More test sets; their scores are named after the files: bleu_NAME."},
+    )
+    misaligned_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of training pairs that get another's target, to study noise."},
+    )
+    misaligned_seed: int = field(default=0, metadata={"help": "Seed of their choice."})
 
 
 def load_pairs(args: DataArguments) -> datasets.DatasetDict:
@@ -62,7 +74,31 @@ def load_pairs(args: DataArguments) -> datasets.DatasetDict:
     }
     if not pairs:
         raise InputError("no data: give --train_file, --validation_file, --test_file or a data set")
+    if args.misaligned_fraction and "train" in pairs:
+        pairs["train"] = misalign(pairs["train"], args.misaligned_fraction, args.misaligned_seed)
     return datasets.DatasetDict(pairs)
+
+
+def load_extra_tests(args: DataArguments) -> dict[str, datasets.Dataset]:
+    """Loads and checks the further test sets.
+
+    Args:
+        args: Data arguments.
+
+    Returns:
+        Columns `source` and `target` by the name of the file, without folder and endings.
+
+    Raises:
+        InputError: For a missing file, one without rows or text, or two of one name.
+    """
+    found: dict[str, datasets.Dataset] = {}
+    for path in args.extra_test_file:
+        name = Path(path).name.split(".")[0]
+        if name in found or name == "test":
+            raise InputError(f"--extra_test_file: a second test set is called {name!r}: rename it")
+        rows = load_file("extra_test", path, BUILDERS)
+        found[name] = _check(name, first_rows(rows, "test", args), args)
+    return found
 
 
 def sentences(pairs: datasets.DatasetDict) -> Iterator[str]:

@@ -37,6 +37,13 @@ class ModelArguments:
     layers: int = field(default=3, metadata={"help": "New Marian: layers on each side."})
     attention_heads: int = field(default=4, metadata={"help": "New Marian: attention heads."})
     dropout: float = field(default=0.1, metadata={"help": "New Marian: dropout."})
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters of this rank on all linear layers, and no more."},
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale of the adapters; default: twice their rank."}
+    )
     num_beams: int = field(default=4, metadata={"help": "Beams of the final translation."})
 
 
@@ -55,10 +62,12 @@ def load_model(
         Model and tokenizer.
 
     Raises:
-        InputError: If there is no such model, it has no sequence-to-sequence head, or it takes no
-            sequences of this length.
+        InputError: If there is no such model, it has no sequence-to-sequence head, it takes no
+            sequences of this length, or adapters are wanted on nothing.
         ValueError: As transformers raises it for any other reason.
     """
+    if args.lora_rank is not None and args.model_name_or_path is None:
+        raise InputError("--lora_rank adapts a trained model: give --model_name_or_path")
     if args.model_name_or_path is None:
         tokenizer = train_tokenizer(sentences, args.vocab_size, languages)
         return new_marian(args, tokenizer, max_length), tokenizer
@@ -85,7 +94,24 @@ def load_model(
     for setting, language in zip(("src_lang", "tgt_lang"), languages, strict=True):
         if hasattr(tokenizer, "lang_code_to_id"):
             setattr(tokenizer, setting, language)
-    return model, tokenizer
+    return (model if args.lora_rank is None else _with_adapters(model, args)), tokenizer
+
+
+def _with_adapters(model: PreTrainedModel, args: ModelArguments) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("--lora_rank needs peft: pip install 'hf-fngd[peft]'") from None
+    try:
+        config = peft.LoraConfig(
+            task_type=peft.TaskType.SEQ_2_SEQ_LM,
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+            target_modules="all-linear",
+        )
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"--lora_rank {args.lora_rank}: {error}") from None
 
 
 def train_tokenizer(

@@ -1,0 +1,95 @@
+"""Misaligned training pairs, and whether the coefficients of FNGD tell them from the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from common.arguments import InputError
+
+from hf_fngd import FNGD
+from hf_fngd.sample_store import SampleStore
+
+
+def misalign(rows: datasets.Dataset, fraction: float, seed: int) -> datasets.Dataset:
+    """Exchanges the targets of some pairs among each other, so that each gets another's.
+
+    Args:
+        rows: Columns `source` and `target`.
+        fraction: Share of the pairs, in [0, 1].
+        seed: Seed of the choice.
+
+    Returns:
+        The rows in the same order, with a column `misaligned`.
+
+    Raises:
+        InputError: If the fraction is no share, or picks a single pair.
+    """
+    if not 0 <= fraction <= 1:
+        raise InputError(f"--misaligned_fraction must be in [0, 1], not {fraction}")
+    count = round(fraction * len(rows))
+    if count == 1:
+        raise InputError(
+            f"--misaligned_fraction {fraction} of {len(rows)} pairs is one pair, which has no "
+            "other to exchange with: raise it"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    order = np.arange(len(rows))
+    order[chosen] = np.roll(chosen, 1)
+    mask = np.zeros(len(rows), dtype=bool)
+    mask[chosen] = True
+    targets = np.array(rows["target"], dtype=object)[order].tolist()
+    return datasets.Dataset.from_dict(
+        {"source": rows["source"], "target": targets, "misaligned": mask.tolist()}
+    )
+
+
+def separation(optimizer: Any, rows: datasets.Dataset) -> dict[str, Any] | None:
+    """Compares the stored coefficients of misaligned pairs with those of the others.
+
+    Args:
+        optimizer: Any optimizer.
+        rows: Training pairs with a column `misaligned`, in the order of the sample ids.
+
+    Returns:
+        Mean γ of both kinds, and the AUC: how often a random aligned pair has the larger
+        γ, averaged over layers, of the two (0.5: γ tells nothing), also for each layer by itself.
+        None without FNGD's share=sample or without both kinds of pairs.
+    """
+    store = optimizer.coefficients.store if isinstance(optimizer, FNGD) else None
+    if not isinstance(store, SampleStore) or store.rows is not None:
+        return None
+    if len(store.table) != len(rows):  # nothing is stored yet
+        return None
+    table, noisy = store.table.float(), torch.tensor(rows["misaligned"])
+    known = ~table.isnan().any(1)
+    aligned, other = table[known & ~noisy], table[known & noisy]
+    if not (len(aligned) and len(other)):
+        return None
+    names = optimizer.coefficients.names
+    return {
+        "pairs": int(noisy.sum()),
+        "gamma_aligned": float(aligned.mean()),
+        "gamma_misaligned": float(other.mean()),
+        "auc": auc(aligned.mean(1), other.mean(1)),
+        "auc_by_layer": {name: auc(aligned[:, i], other[:, i]) for i, name in enumerate(names)},
+    }
+
+
+def auc(larger: torch.Tensor, smaller: torch.Tensor) -> float:
+    """Gives the area under the ROC curve.
+
+    Args:
+        larger: Scores of the rows that should have the larger ones.
+        smaller: Scores of the others.
+
+    Returns:
+        Chance that a random score of the first kind is above one of the second; equals count half.
+    """
+    ordered = smaller.sort().values
+    below, up_to = (
+        torch.searchsorted(ordered, larger.contiguous(), right=right) for right in (False, True)
+    )
+    return float((below + up_to).double().mean() / (2 * len(ordered)))
