@@ -74,8 +74,8 @@ def select_layers(
         batch_norm: Whether BatchNorm2d layers can be chosen.
 
     Returns:
-        The selection. Frozen weights, weights with several owners, the vocabulary head and modules
-        of unknown types are never chosen.
+        The selection. Frozen weights, weights with several owners, the vocabulary head, modules
+        below one called `experts` and modules of unknown types are never chosen.
 
     Raises:
         FNGDError: If nothing matches.
@@ -171,6 +171,8 @@ def _reason(
         kind = original_type(module)
         known = [base.__name__ for base in (nn.Linear, nn.Conv2d) if issubclass(kind, base)]
         return f"a {known[0]} subclass" if known else f"not one of {_SUPPORTED}"
+    if "experts" in path.split("."):
+        return "expert of a mixture: its rows are routed tokens, not samples"
     if "weight" not in module._parameters:
         return "its weight is computed (pruned or parametrised)"
     if shared:
