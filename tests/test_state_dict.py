@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "muon rms": {"update_rule": "muon", "update_scale": "rms"},
     "refresh": {"share": "layer", "refresh_every": 2},
     "refresh samples": {"share": "sample", "refresh_every": 2},
+    "collected later": {"collect_from": 1, "collect_epochs": 2, "gamma_scale": "one"},
+    "mean of two epochs": {"collect_epochs": 2, "gamma_power": 0.5},
     "float16": {"store_dtype": "float16"},
     "token exact": {"fisher_unit": "token", "share": "label", "gram_route": "exact"},
     "token nystrom": {
