@@ -73,6 +73,24 @@ def test_resume_with_two_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_process_resumes_what_two_began(tmp_path):
+    options = ["--optim_args", "update_scale=rms", "--save_steps", "4", "--seed", "3"]
+    assert launch(tmp_path, *options, epochs=1).returncode == 0
+    checkpoint = tmp_path / "checkpoint-4"
+    resume = ["--resume_from_checkpoint", str(checkpoint), "--num_train_epochs", "3"]
+    # As large a batch as the two had, so that the first epoch is over.
+    batch = ["--per_device_train_batch_size", "8"]
+    out = run(
+        SCRIPT, "--output_dir", str(tmp_path), "--optim", "fngd", *SETTINGS, *batch, *options,
+        *resume,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    later = [e for e in history if e.get("step", 0) > 4 and "fngd/reuse_rate" in e]
+    assert later and all(e["fngd/reuse_rate"] == 1.0 and e["fngd/reusing"] == 1.0 for e in later)
+
+
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path):
     out = run(
         SCRIPT,

@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_fngd.errors import FNGDError
 from hf_fngd.hf.callback import FNGDCallback, needs_scale, set_scale, unwrap_optimizer
+from hf_fngd.hf.checkpoints import check_complete, last_complete, reading
 from hf_fngd.hf.loss_scale import LossScaleMixin
 from hf_fngd.hf.registry import (
     OPTIMIZERS,
@@ -96,6 +97,23 @@ class FNGDMixin(LossScaleMixin):
             finally:
                 self.optimizer_cls_and_kwargs = None
         return super().create_optimizer(*args, **kwargs)
+
+    def train(  # noqa: D102
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(self.args.output_dir)
+        elif resume_from_checkpoint:
+            check_complete(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> Any:  # noqa: D102
         dataset, collator = self.train_dataset, self.data_collator
