@@ -211,6 +211,22 @@ ZOO = {
         "ResNetForImageClassification",
         images,
     ),
+    # Windows of 4x4 patches: four an image in the first stage, one in the second.
+    "swin": Architecture(
+        lambda: transformers.SwinConfig(
+            image_size=16,
+            patch_size=2,
+            embed_dim=4,
+            depths=[1, 1],
+            num_heads=[1, 2],
+            window_size=4,
+            num_labels=CLASSES,
+            drop_path_rate=0.0,
+        ),
+        "SwinForImageClassification",
+        images,
+        odd=r".*\.layers\.0\.blocks\.0\.attention\..*",
+    ),
     "whisper": Architecture(
         lambda: transformers.WhisperConfig(
             **{k: v for k, v in ENCODER_DECODER.items() if k != "max_position_embeddings"},

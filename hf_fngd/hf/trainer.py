@@ -60,9 +60,10 @@ class FNGDMixin(LossScaleMixin):
         else:
             callbacks.insert(1, self._fngd_callback)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            self._read_settings()
+            self._settings()
 
-    def _read_settings(self) -> None:
+    def _settings(self) -> OptimizerConfig:
+        # Read anew for each optimizer: a hyper-parameter search changes the arguments.
         args = self.args
         default = TrainingArguments.__dataclass_fields__["optim"]
         by_default = default.default if isinstance(default.default, str) else None
@@ -81,16 +82,16 @@ class FNGDMixin(LossScaleMixin):
                     f"--optim {name} needs a {kind.config_class.__name__}, fngd_config is a "
                     f"{type(given).__name__}: leave one of them out"
                 )
-        if self._fngd_config is None:
-            self._fngd_config = config_from_args(args)
-        elif args.optim_args or args.optim_target_modules is not None:
+        if given is None:
+            return config_from_args(args)
+        if args.optim_args or args.optim_target_modules is not None:
             raise FNGDError("give the settings by fngd_config or by --optim_args, not both")
+        return given
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            assert self._fngd_config is not None
             model = args[0] if args and args[0] is not None else self.model
-            found = optimizer_arguments(self.args, model, self._fngd_config)
+            found = optimizer_arguments(self.args, model, self._settings())
             self.optimizer_cls_and_kwargs = found
             try:
                 return super().create_optimizer(*args, **kwargs)
