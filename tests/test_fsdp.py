@@ -1,0 +1,119 @@
+"""Weights sharded by FSDP2 over two processes follow the same path as whole ones in one."""
+
+import faulthandler
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from hf_fngd import create_fngd_optimizer
+from tests.test_ddp import LAUNCHERS, both
+from tests.test_runner import run
+
+ROWS, BATCH, EPOCHS = 16, 4, 3
+VARIANTS = {
+    "sgd": {},
+    "none": {"share": "none"},
+    "layer": {"share": "layer"},
+    "adamw": {"update_rule": "adamw"},
+    "rms": {"update_scale": "rms"},
+    "muon": {"update_rule": "muon"},
+}
+
+
+def build():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(2)]
+    return nn.Sequential(*blocks, nn.Linear(4, 3)).double()
+
+
+def make(name, model):
+    return create_fngd_optimizer(
+        model, lr=0.05, weight_decay=0.1, damping=0.1, num_samples=ROWS, **VARIANTS[name]
+    )
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64)
+    classes = torch.arange(ROWS) % 3
+    for epoch in range(EPOCHS):
+        for pair in torch.randperm(ROWS, generator=generator).split(2 * BATCH):
+            yield epoch, [(rows, inputs[rows], classes[rows]) for rows in pair.split(BATCH)]
+
+
+def micro_batch(model, optimizer, rows, inputs, classes, weight):
+    optimizer.set_batch(rows)
+    (nn.functional.cross_entropy(model(inputs), classes) * weight).backward()
+
+
+def train_in_one(name):
+    model = build()
+    optimizer = make(name, model)
+    for epoch, parts in batches():
+        optimizer.start_epoch(epoch)
+        for part in parts:
+            micro_batch(model, optimizer, *part, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def train_sharded(name, rank):
+    model = build()
+    for block in model[:2]:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = make(name, model)
+    for epoch, parts in batches():
+        optimizer.start_epoch(epoch)
+        micro_batch(model, optimizer, *parts[rank], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = dict(model.named_parameters())
+    assert all(isinstance(p, DTensor) for p in parameters.values())
+    return {n: p.full_tensor().detach() for n, p in parameters.items()}
+
+
+def main(folder):
+    faulthandler.dump_traceback_later(120, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    found = {}
+    for name in VARIANTS:
+        try:
+            found[name] = train_sharded(name, rank)
+        except Exception as error:  # told by the test of this variant
+            found[name] = f"{type(error).__name__}: {error}"
+    torch.save(found, f"{folder}/weights{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    out = run("tests.test_fsdp", str(folder), launcher=(*LAUNCHERS["torchrun"], "-m"))
+    assert out.returncode == 0, out.stderr
+    return both(folder, "weights")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_sharded_weights_follow_the_same_path(name, two_ranks):
+    expected = train_in_one(name)
+    # Muon orthogonalises in bfloat16, so there the order of sums shows.
+    tolerance = {"rtol": 0, "atol": 0.02} if name == "muon" else {"rtol": 1e-9, "atol": 1e-11}
+    for found in two_ranks:
+        assert isinstance(found[name], dict), found[name]
+        for key, value in expected.items():
+            torch.testing.assert_close(found[name][key], value, **tolerance)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
