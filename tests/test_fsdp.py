@@ -22,7 +22,7 @@ VARIANTS = {
     "layer": {"share": "layer"},
     "adamw": {"update_rule": "adamw"},
     "rms": {"update_scale": "rms"},
-    "muon": {"update_rule": "muon"},
+    "muon": {"update_rule": "muon", "lr": 0.002},
 }
 
 
@@ -33,9 +33,8 @@ def build():
 
 
 def make(name, model):
-    return create_fngd_optimizer(
-        model, lr=0.05, weight_decay=0.1, damping=0.1, num_samples=ROWS, **VARIANTS[name]
-    )
+    settings = {"lr": 0.05, "weight_decay": 0.1, "num_samples": ROWS, **VARIANTS[name]}
+    return create_fngd_optimizer(model, damping=0.1, **settings)
 
 
 def batches():
@@ -107,12 +106,15 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sharded_weights_follow_the_same_path(name, two_ranks):
     expected = train_in_one(name)
-    # Muon orthogonalises in bfloat16, so there the order of sums shows.
-    tolerance = {"rtol": 0, "atol": 0.02} if name == "muon" else {"rtol": 1e-9, "atol": 1e-11}
+    start = {n: p.detach() for n, p in build().named_parameters()}
     for found in two_ranks:
         assert isinstance(found[name], dict), found[name]
         for key, value in expected.items():
-            torch.testing.assert_close(found[name][key], value, **tolerance)
+            error = found[name][key] - value
+            # Muon orthogonalises in bfloat16, where the order of a sum shows; a matrix that was
+            # orthogonalised shard by shard would go another way altogether.
+            allowed = 0.2 if name == "muon" else 1e-10
+            assert error.norm() <= allowed * (value - start[key]).norm(), key
 
 
 if __name__ == "__main__":
