@@ -5,6 +5,7 @@ python scripts/readme_tables.py            # rewrites README.md
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import fields
@@ -111,6 +112,25 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def support() -> str:
+    """Makes the table of what works from the marks of the tests that show it.
+
+    Returns:
+        Markdown.
+    """
+    rows = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.feature":
+                    name, state, *note = map(ast.literal_eval, mark.args)
+                    told = ": ".join([state, *note])
+                    rows.append((name, told, f"`{path.stem}::{node.name}`"))
+    rows.sort(key=lambda row: row[0].strip("`").lower())
+    lines = ["| | | shown by |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
 def fill(text: str) -> str:
     """Puts the tables between their marks.
 
@@ -120,7 +140,8 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for name, table in (("settings", settings()), ("costs", costs()), ("methods", methods())):
+    for make in (settings, costs, methods, support):
+        name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         block = f"{begin}\n{table}\n{end}"

@@ -118,6 +118,7 @@ def test_checkpointing_gives_the_same_gradients(phase: str, reentrant: bool) -> 
         assert_same(first, second)
 
 
+@pytest.mark.feature("Memory gain of activation checkpointing", "works")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_checkpointing_keeps_its_memory_gain(phase: str, reentrant: bool) -> None:
@@ -214,6 +215,7 @@ def test_token_unit_of_a_module_called_several_times() -> None:
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.feature("Extra forward passes", "works")
 @pytest.mark.parametrize("size", [N, 2], ids=["same size", "other size"])
 @pytest.mark.parametrize("extra", ["no backward", "no grad"])
 @pytest.mark.parametrize("phase", PHASES)
@@ -371,6 +373,7 @@ def test_clean_step_after_a_backward_that_failed_between_two_calls(
 # ---- frozen parts, precision ---------------------------------------------------------------------
 
 
+@pytest.mark.feature("Frozen layers", "works", "left alone")
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("frozen", ["second.weight", "second.bias", "first", "second"])
 def test_frozen_parameters(frozen: str, phase: str) -> None:
@@ -552,6 +555,9 @@ def through_torch(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.feature(
+    "`deepcopy` and `torch.save` of the model", "works", "copies are plain modules"
+)
 @pytest.mark.parametrize(
     "copied",
     [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), through_torch],

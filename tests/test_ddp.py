@@ -34,6 +34,9 @@ def both(folder, name):
     return [torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+@pytest.mark.feature(
+    "DDP, two processes, accumulation (`no_sync`)", "works", "coefficients per rank"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("share", ["sample", "layer", "position"])
 def test_ranks_agree(share, tmp_path):
@@ -72,6 +75,7 @@ def test_resume_with_two_processes(tmp_path):
         assert all(torch.equal(v, found[rank][name]) for name, v in expected[rank].items())
 
 
+@pytest.mark.feature("Resume with another number of processes", "works")
 @pytest.mark.slow
 def test_one_process_resumes_what_two_began(tmp_path):
     options = ["--optim_args", "update_scale=rms", "--save_steps", "4", "--seed", "3"]
@@ -90,6 +94,7 @@ def test_one_process_resumes_what_two_began(tmp_path):
     assert later and all(e["fngd/reuse_rate"] == 1.0 and e["fngd/reusing"] == 1.0 for e in later)
 
 
+@pytest.mark.feature("`accelerate launch`", "works")
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path):
     out = run(

@@ -15,6 +15,11 @@ from tests.test_runner import ROOT, run
 KILLS = 20
 
 
+@pytest.mark.feature(
+    "Killed while training or saving",
+    "works",
+    "`resume_from_checkpoint=True` finds the last whole checkpoint",
+)
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     seed = int.from_bytes(os.urandom(4), "little")
@@ -79,6 +84,7 @@ def test_nothing_to_resume_from(tmp_path):
         resume(tmp_path, str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.feature("Damaged checkpoint", "refused", "resume from another")
 @pytest.mark.parametrize("damage", ["cut", "empty", "other bytes"])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
 def test_damaged_file_is_refused(name, damage, folder):

@@ -53,6 +53,7 @@ def test_loss_scale_of_fp16_changes_nothing():
         torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.feature("fp16 with a GradScaler", "works", "plain loop, on a CPU")
 def test_overflow_of_fp16_skips_the_step_and_spares_the_store():
     model = network()
     optimizer = create_fngd_optimizer(model, lr=0.1, num_samples=ROWS)
@@ -73,6 +74,7 @@ def test_overflow_of_fp16_skips_the_step_and_spares_the_store():
     assert optimizer.coefficients.store.table.isfinite().all()
 
 
+@pytest.mark.feature("Hyper-parameter search (`model_init`)", "works")
 def test_a_search_with_model_init_reads_the_settings_of_every_trial(tmp_path):
     trainer = FNGDSeq2SeqTrainer(
         model_init=lambda: tiny_marian(),
@@ -92,6 +94,7 @@ def test_a_search_with_model_init_reads_the_settings_of_every_trial(tmp_path):
     assert any(not torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+@pytest.mark.feature("Several optimizers in one process", "works")
 def test_several_optimizers_in_one_process():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -113,6 +116,7 @@ def test_several_optimizers_in_one_process():
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
+@pytest.mark.feature("EMA (`AveragedModel`)", "works")
 def test_exponential_average_of_the_weights():
     model = network()
     optimizer = create_fngd_optimizer(model, lr=0.1)
@@ -131,6 +135,7 @@ def test_exponential_average_of_the_weights():
     assert type(average.module[0]) is nn.Linear
 
 
+@pytest.mark.feature("DDP, four processes, rows repeated by `even_batches`", "works")
 @pytest.mark.slow
 def test_four_ranks_agree(tmp_path):
     # 30 rows over 4 ranks of 4: the last round is short, and accelerate repeats rows to fill it.

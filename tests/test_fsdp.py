@@ -102,6 +102,11 @@ def two_ranks(tmp_path_factory):
     return both(folder, "weights")
 
 
+@pytest.mark.feature(
+    "FSDP2",
+    "works",
+    "plain loop; the Trainer turns FSDP on with an accelerator only, where it has not been tried",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sharded_weights_follow_the_same_path(name, two_ranks):

@@ -22,6 +22,9 @@ EXPECTED = {
 GAMMA = {"fngd/gamma_mean", "fngd/gamma_min", "fngd/gamma_max"}
 
 
+@pytest.mark.feature(
+    "`max_grad_norm`", "works", "clips the natural gradient; `fngd/clipped` says how often"
+)
 @pytest.mark.parametrize("cls", [FNGDSeq2SeqTrainer, Seq2SeqTrainer], ids=["ours", "stock"])
 def test_series_in_state_and_tensorboard(cls, tmp_path, monkeypatch):
     event_accumulator = pytest.importorskip(

@@ -24,6 +24,14 @@ def test_tables_are_those_of_the_code_and_the_result_files():
     assert "| `damping` | `0.1` |" in README and "fngd_adamw later epochs" in README
 
 
+def test_table_of_what_works_names_tests_that_exist():
+    rows = re.findall(r"^\| (.+) \| (works|slower|refused).* \| `(\w+)::(\w+)` \|$", README, re.M)
+    assert len(rows) > 30 and len({feature for feature, *_ in rows}) == len(rows)
+    for _, _, file, test in rows:
+        source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert re.search(rf"^def {test}\(", source, re.M)
+
+
 def test_plain_loop_runs_and_learns():
     code = re.search(r"<!-- plain loop -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
     scope = {}

@@ -29,6 +29,7 @@ def launch(monkeypatch):
     return pretend
 
 
+@pytest.mark.feature("`torch.nn.DataParallel`", "refused", "start with torchrun")
 @BOTH
 def test_data_parallel(cls, tmp_path):
     args = arguments(tmp_path)
@@ -38,6 +39,7 @@ def test_data_parallel(cls, tmp_path):
         trainer.create_optimizer()
 
 
+@pytest.mark.feature("DeepSpeed", "refused", "use DDP")
 def test_deepspeed(launch, tmp_path):
     args = arguments(tmp_path)
     launch(DistributedType.DEEPSPEED)
@@ -52,6 +54,7 @@ def test_deepspeed_by_argument(tmp_path):
         support.refuse_unsupported(args, FNGD)
 
 
+@pytest.mark.feature("FSDP1", "refused", "use `fsdp_version: 2`")
 def test_fsdp1_is_refused_and_fsdp2_is_not(launch, tmp_path):
     args = arguments(tmp_path)
     launch(DistributedType.FSDP, Plugin(1))
@@ -63,6 +66,7 @@ def test_fsdp1_is_refused_and_fsdp2_is_not(launch, tmp_path):
         support.refuse_unsupported(args, KFAC)
 
 
+@pytest.mark.feature("Packed or padding-free rows", "refused", "turn packing off")
 @BOTH
 @pytest.mark.parametrize(
     "packing",
@@ -85,6 +89,9 @@ def test_one_plain_row_is_no_packed_batch():
     support.refuse_packed({"input_ids": ids, "position_ids": torch.arange(7).unsqueeze(0)})
 
 
+@pytest.mark.feature(
+    "IterableDataset with `share=sample`", "refused", "use `share=layer` or `none`"
+)
 @BOTH
 def test_dataset_without_length(cls, tmp_path):
     stream = token_pairs(16).to_iterable_dataset()
@@ -95,6 +102,7 @@ def test_dataset_without_length(cls, tmp_path):
         trainer.train()
 
 
+@pytest.mark.feature("IterableDataset with `share=layer` or `none`", "works")
 @BOTH
 @pytest.mark.parametrize("share", ["layer", "none"])
 def test_dataset_without_length_works_where_no_rows_are_needed(cls, share, tmp_path):

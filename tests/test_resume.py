@@ -42,6 +42,7 @@ def run(cls, folder, settings, *, stop=None, resume=None, **changes):
     return trainer
 
 
+@pytest.mark.feature("Resume from a checkpoint", "works", "same bits on a CPU")
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [(FNGDSeq2SeqTrainer, s) for s in SETTINGS] + [(Seq2SeqTrainer, SETTINGS[0])],
@@ -59,6 +60,9 @@ def test_resumed_run_is_bit_identical(cls, settings, tmp_path):
         assert same(weights(whole.model), weights(again.model)), f"stopped after step {stop}"
 
 
+@pytest.mark.feature(
+    "Gradient accumulation, short last window", "works", "coefficients per micro-batch"
+)
 def test_accumulation_and_a_short_last_window(tmp_path):
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     whole = run(FNGDSeq2SeqTrainer, tmp_path / "whole", "share=sample", **options)
@@ -68,6 +72,7 @@ def test_accumulation_and_a_short_last_window(tmp_path):
     assert same(weights(whole.model), weights(again.model))
 
 
+@pytest.mark.feature("Checkpoints without pickle (`weights_only=True`)", "works")
 def test_checkpoint_is_readable_without_pickle(tmp_path):
     run(FNGDSeq2SeqTrainer, tmp_path, "share=sample", stop=5)
     state = torch.load(tmp_path / "checkpoint-5" / "optimizer.pt", weights_only=True)
@@ -75,6 +80,7 @@ def test_checkpoint_is_readable_without_pickle(tmp_path):
     assert state["fngd"]["store"]["table"].shape == (30, 16)
 
 
+@pytest.mark.feature("Resume with other data or settings", "refused")
 def test_other_data_is_refused(tmp_path):
     run(FNGDSeq2SeqTrainer, tmp_path, "share=sample", stop=5)
     checkpoint = str(tmp_path / "checkpoint-5")
@@ -106,6 +112,7 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
         run(FNGDSeq2SeqTrainer, tmp_path, "share=sample", resume=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.feature("`save_only_model`", "works", "coefficients are computed anew after a resume")
 def test_save_only_model_recomputes_what_is_missing(tmp_path, caplog):
     run(FNGDSeq2SeqTrainer, tmp_path, "share=sample", stop=5, save_only_model=True)
     checkpoint = str(tmp_path / "checkpoint-5")

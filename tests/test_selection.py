@@ -236,6 +236,7 @@ def test_one_module_under_two_names_is_left_out() -> None:
     assert reason(selection, "first") == "weight shared with again"
 
 
+@pytest.mark.feature("PEFT/LoRA", "works", "adapters are chosen, the base is left alone")
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's own
 def test_adapters_of_peft() -> None:
     peft = pytest.importorskip("peft")

@@ -105,6 +105,7 @@ def test_coefficients_matter_for_the_resumed_run() -> None:
     assert not torch.equal(model[1].weight, forgetful[1].weight)
 
 
+@pytest.mark.feature("bf16 weights", "works", "moments stay float32")
 @pytest.mark.parametrize("rule", ["sgd", "adamw", "muon"])
 def test_moments_stay_float32_under_bf16(rule: str) -> None:
     model = build(torch.bfloat16)

@@ -73,6 +73,7 @@ def test_stock_and_ours_find_the_same_coefficients(tmp_path):
     assert same(*runs.values())
 
 
+@pytest.mark.feature("`group_by_length`, DataLoader workers, NEFTune", "works")
 def test_group_by_length_workers_and_neftune(tmp_path):
     args = arguments(
         tmp_path,
@@ -86,6 +87,7 @@ def test_group_by_length_workers_and_neftune(tmp_path):
     assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
 
 
+@pytest.mark.feature("Label smoothing", "works")
 def test_label_smoothing_keeps_the_rows(tmp_path):
     for cls in (FNGDSeq2SeqTrainer, Seq2SeqTrainer):
         model = tiny_marian()
@@ -114,6 +116,7 @@ def test_model_is_left_without_a_trace(tmp_path):
     assert [set(m.__dict__) for m in others] == dicts[1:]
 
 
+@pytest.mark.feature("`train()` twice", "works")
 def test_training_twice_works_and_starts_with_new_coefficients(tmp_path):
     trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(tmp_path, num_train_epochs=2))
     trainer.train()
@@ -131,6 +134,7 @@ def test_transform_that_drops_columns_keeps_row_numbers(tmp_path):
     assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
 
 
+@pytest.mark.feature("Random augmentation", "works", "in `FNGDTrainer`; a stock Trainer warns")
 def test_random_inputs_keep_row_numbers_and_warn_in_a_stock_trainer(tmp_path, caplog):
     def noisy(features):
         batch = pad_collator(features)
@@ -207,6 +211,7 @@ def test_other_optimizers_are_untouched(tmp_path):
     assert not any("fngd" in key for entry in trainer.state.log_history for key in entry)
 
 
+@pytest.mark.feature("Activation checkpointing, both modes", "works")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_gives_the_same_weights(reentrant, tmp_path):
     runs = []
@@ -226,6 +231,7 @@ def test_activation_checkpointing_gives_the_same_weights(reentrant, tmp_path):
         torch.testing.assert_close(runs[1][name], value, msg=name)
 
 
+@pytest.mark.feature("`torch.compile`", "slower", "a break of the graph at every selected layer")
 @pytest.mark.slow
 def test_compiled_model_trains_the_same(tmp_path):
     runs = []
@@ -244,6 +250,7 @@ def test_compiled_model_trains_the_same(tmp_path):
         torch.testing.assert_close(runs[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.feature("bf16 autocast", "works")
 def test_bf16_autocast(tmp_path):
     trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(tmp_path, bf16=True))
     trainer.train()
@@ -251,6 +258,7 @@ def test_bf16_autocast(tmp_path):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.feature("Evaluation and `generate` between steps", "works")
 def test_generation_between_steps_changes_nothing(tmp_path):
     runs = []
     for strategy in ("no", "steps"):
@@ -273,6 +281,7 @@ def test_generation_between_steps_changes_nothing(tmp_path):
     assert same(*runs)
 
 
+@pytest.mark.feature("`auto_find_batch_size`", "works")
 def test_auto_find_batch_size_after_out_of_memory(tmp_path):
     class Hungry(FNGDSeq2SeqTrainer):
         def compute_loss(self, model, inputs, **kwargs):
