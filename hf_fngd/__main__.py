@@ -1,4 +1,4 @@
-"""Runs an unmodified training script with the optimizer names registered, or one of two commands.
+"""Runs an unmodified training script with the optimizer names registered, or a command.
 
 python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=0.1" ...
 torchrun --nproc_per_node 2 -m hf_fngd run_translation.py --optim fngd ...
@@ -13,17 +13,19 @@ import sys
 
 from hf_fngd import FNGDError, register
 
-_COMMANDS = {"explain": "hf_fngd.hf.explain"}
+_COMMANDS = {"explain": "hf_fngd.hf.explain", "compare": "hf_fngd.hf.compare"}
 _USAGE = """usage: python -m hf_fngd SCRIPT [ARGUMENTS OF THE SCRIPT]
        python -m hf_fngd explain MODEL [--batch_size N] [--length T] [--rows N] ...
+       python -m hf_fngd compare RUN ... [--metric NAME] [--plot FILE]
 
 SCRIPT   is run, unmodified, with the optimizer names fngd, kfac, eva and so on known to
          transformers: python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=0.1"
 explain  lists the layers of a model (Hub id or folder) that are chosen and left out, with the
          reason, the memory and cost of FNGD, and settings to start with.
+compare  prints a table of finished runs (output folders) and draws their course.
 
-`explain --help` says more. A script that has the name of a command is run with its folder:
-`python -m hf_fngd ./explain`.
+`explain --help` and `compare --help` say more. A script that has the name of a command is run by
+its path: `python -m hf_fngd ./explain`.
 """
 
 

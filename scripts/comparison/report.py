@@ -12,11 +12,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from comparison import curves, results
+from comparison import results
 from comparison.campaign import choice
 from comparison.jobs import final_jobs, optim_args, search_jobs
 from comparison.plan import Optimizer, Plan, shown
 from comparison.search import at_edge
+from hf_fngd.hf.curves import plot
 
 NONE = "–"
 
@@ -88,7 +89,7 @@ def write_report(plan: Plan, folder: Path) -> list[Path]:
     written = [folder / name for name in pages]
     series = {outcome.optimizer.label: outcome.usable for outcome in found if outcome.usable}
     if series:
-        curves.plot(folder / "curves.png", series, plan.objective)
+        plot(folder / "curves.png", series, plan.objective)
         written.append(folder / "curves.png")
     return written
 
