@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import Seq2SeqTrainer
 
 from hf_fngd.hf.hub import HubError, HubMixin, push_command
-from tests.hf_utils import arguments, make_trainer
+from tests.hf_utils import arguments, make_trainer, tiny_marian
 from tests.hub_server import Hub, Repo
 from tests.test_run_translation import SCRIPT, files, options  # noqa: F401
 from tests.test_runner import run
@@ -218,3 +218,18 @@ def test_interruption_leaves_the_model(tmp_path, monkeypatch):
         "my run", str(tmp_path / "my run"), ".", "--revision", "v1",
         "--exclude", "_*", "--exclude", "checkpoint-*",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_explain_reads_no_more_than_the_config_of_a_model_on_the_hub(hub, tmp_path):
+    model = tiny_marian()
+    model.save_pretrained(tmp_path / "tiny")
+    hub.repos["me/tiny"] = Repo(on_disk(tmp_path / "tiny"))
+    out = client(hub, tmp_path, "-m", "hf_fngd", "explain", "me/tiny")
+    assert out.returncode == 0, out.stderr
+    assert "16 layers chosen, 11 left out." in out.stdout
+    assert hub.count("config.json") and not hub.count("safetensors")
+    out = client(hub, tmp_path, "-m", "hf_fngd", "explain", "me/none")
+    last = out.stderr.strip().splitlines()[-1]
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert last.startswith("hf_fngd: cannot read the config of 'me/none': me/none is not a local")
