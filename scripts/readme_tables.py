@@ -31,6 +31,12 @@ CONFIGS = {
 }
 
 
+COMPARISONS = {
+    "cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
+    "multi30k": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, 5 epochs",
+}
+
+
 def settings() -> str:
     """Makes the table of settings from the config dataclasses.
 
@@ -112,6 +118,34 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def comparison() -> str:
+    """Makes short tables of the tuned comparisons from their reports.
+
+    Returns:
+        Markdown.
+    """
+    parts = []
+    for name, title in COMPARISONS.items():
+        folder = RESULTS / f"compare_{name}"
+        lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+        table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+        kept = [i for i, cell in enumerate(table[0]) if _is_shown(cell.strip())]
+        rows = ["| " + " | ".join(row[i].strip() for i in kept) + " |" for row in table]
+        rows[1] = "|---" * len(kept) + "|"
+        place = folder.relative_to(ROOT).as_posix()
+        links = f"[whole table]({place}/table.md), [every trial]({place}/search.md)"
+        parts += [f"**{title}** ({links}):", "", *rows, ""]
+        if (folder / "curves.png").exists():
+            parts += [f"![curves]({place}/curves.png)", ""]
+    return "\n".join(parts).rstrip()
+
+
+def _is_shown(column: str) -> bool:
+    return column in ("optimizer", "final runs", "s / step") or column.startswith(
+        ("test ", "eval_", "against ")
+    )
+
+
 def support() -> str:
     """Makes the table of what works from the marks of the tests that show it.
 
@@ -140,7 +174,7 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for make in (settings, costs, methods, support):
+    for make in (settings, costs, methods, comparison, support):
         name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
-from common.training import TrainingClock, is_ours, train
+from common.training import TrainingClock, is_ours, push, train
 from images.data import DataArguments, class_names, class_numbers, load_splits
 from images.model import ModelArguments, classes_of, load_model
 from images.pixels import load_pixels
@@ -28,6 +28,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 from hf_fngd import FNGDTrainer
 from hf_fngd.hf.card import CardMixin
+from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.loss_scale import LossScaleMixin
 
 METRICS = ("accuracy",)
@@ -37,11 +38,11 @@ LIMITS = [
 ]
 
 
-class FNGDClassifier(CardMixin, FNGDTrainer):
+class FNGDClassifier(CardMixin, HubMixin, FNGDTrainer):
     """The Trainer for the optimizers of hf_fngd."""
 
 
-class BaselineClassifier(CardMixin, LossScaleMixin, Trainer):
+class BaselineClassifier(CardMixin, HubMixin, LossScaleMixin, Trainer):
     """The Trainer for every other optimizer, with the same correction of the loss scale."""
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         _report(trainer, predictions, found, model_args, data_args)
     if args.push_to_hub and args.do_train:
-        trainer.push_to_hub()
+        push(trainer)
 
 
 def _best(logits: Any) -> np.ndarray:

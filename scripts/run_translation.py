@@ -20,7 +20,7 @@ import datasets
 import sacrebleu
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
-from common.training import TrainingClock, is_ours, train
+from common.training import TrainingClock, is_ours, push, train
 from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -42,6 +42,7 @@ from translation.noise import separation
 from hf_fngd import FNGDSeq2SeqTrainer
 from hf_fngd.hf.callback import unwrap_optimizer
 from hf_fngd.hf.card import CardMixin
+from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.loss_scale import LossScaleMixin
 
 SHOWN = 10
@@ -59,11 +60,11 @@ class InOrderMixin(Seq2SeqTrainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
-class FNGDTranslator(InOrderMixin, CardMixin, FNGDSeq2SeqTrainer):
+class FNGDTranslator(InOrderMixin, CardMixin, HubMixin, FNGDSeq2SeqTrainer):
     """The Trainer for `--optim fngd…`."""
 
 
-class BaselineTranslator(InOrderMixin, CardMixin, LossScaleMixin, Seq2SeqTrainer):
+class BaselineTranslator(InOrderMixin, CardMixin, HubMixin, LossScaleMixin, Seq2SeqTrainer):
     """The Trainer for every other optimizer, with the same correction of the loss scale."""
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         _report(trainer, pairs, metrics, found, model_args, data_args)
     if args.push_to_hub and args.do_train:
-        trainer.push_to_hub()
+        push(trainer)
 
 
 def _report(

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_fngd.hf.card import CardFacts, CardMixin, write_card
 from tests.hf_utils import arguments, make_trainer
@@ -110,6 +111,19 @@ def test_scores_name_the_data_they_are_of(tmp_path):
     text = write_card(tmp_path, replace(FACTS, test_dataset="test.jsonl")).read_text()
     assert "On the test set: test.jsonl." in text and "trained on Tatoeba sample" in text
     assert {r.dataset_name for r in ModelCard(text).data.eval_results} == {"test.jsonl"}
+
+
+def test_data_of_the_hub_are_named_and_get_their_eval_results(tmp_path):
+    write_card(tmp_path, replace(FACTS, dataset_id=str(tmp_path)))
+    assert not (tmp_path / ".eval_results").exists(), "a folder is no data set of the Hub"
+    facts = replace(FACTS, dataset_id="someone/pairs", dataset_config="en-de")
+    data = ModelCard.load(write_card(tmp_path, facts)).data
+    assert data.datasets == ["someone/pairs"]
+    assert {r.dataset_type for r in data.eval_results} == {"someone/pairs"}
+    (written,) = yaml.safe_load((tmp_path / ".eval_results" / "pairs.yaml").read_text())
+    (entry,) = parse_eval_result_entries([written])
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("someone/pairs", "en-de", 12.3457)
+    assert entry.notes == "bleu; chrf 34.5; bleu: nrefs:1|case:mixed"
 
 
 def test_baseline_run_has_no_fngd_tags(tmp_path):

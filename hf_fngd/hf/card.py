@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
+from hf_fngd.hf.eval_results import write_eval_results
 from hf_fngd.hf.registry import OPTIMIZERS
 
 _BEGIN, _END = "<!-- hf_fngd: begin -->", "<!-- hf_fngd: end -->"
@@ -66,6 +67,8 @@ class CardFacts:
         versions: Versions of the packages.
         metrics: Scores by metric name, of the test set; none were measured if empty.
         test_dataset: Name of the test data, by default that of `dataset`.
+        dataset_id: Hub id of the data, if they are there.
+        dataset_config: Configuration of that data set.
         baselines: Scores of other runs, by a description of them.
         signatures: sacrebleu signatures by metric name.
         curves: File name of the plot, beside the card.
@@ -87,6 +90,8 @@ class CardFacts:
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     test_dataset: str | None = None
+    dataset_id: str | None = None
+    dataset_config: str | None = None
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
     curves: str | None = None
@@ -118,10 +123,11 @@ def card_data(facts: CardFacts) -> ModelCardData:
         Metadata with a model-index entry for each metric.
     """
     tested = facts.test_dataset or facts.dataset
+    known = facts.dataset_id if _is_hub_id(facts.dataset_id) else None
     results = [
         EvalResult(
             task_type=facts.task,
-            dataset_type=tested,
+            dataset_type=known or tested,
             dataset_name=tested,
             metric_type=name,
             metric_value=round(value, 4),
@@ -135,13 +141,16 @@ def card_data(facts: CardFacts) -> ModelCardData:
         pipeline_tag=facts.task,
         tags=[*facts.tags, facts.task],
         base_model=facts.base_model if _is_hub_id(facts.base_model) else None,
+        datasets=[known] if known else None,
         model_name=facts.model_name,
         eval_results=results or None,
     )
 
 
 def write_card(folder: Path, facts: CardFacts) -> Path:
-    """Writes README.md, or completes the one that is there.
+    """Writes README.md, or completes the one that is there, and the scores as `.eval_results`.
+
+    Scores of data that are not on the Hub are in the card alone.
 
     Args:
         folder: Folder of the model.
@@ -159,6 +168,9 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         data = _complete(old.data, data)
         text = _insert(old.text, section)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}").save(path)
+    if facts.dataset_id and _is_hub_id(facts.dataset_id):
+        notes = "; ".join(f"{name}: {text}" for name, text in facts.signatures.items())
+        write_eval_results(folder, facts.dataset_id, facts.dataset_config, facts.metrics, notes)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -55,7 +56,16 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
     folder = parsed[-1].output_dir
     if Path(folder).is_file():
         raise InputError(f"--output_dir {folder!r} is a file: choose a folder")
+    _hide_token(parsed[-1])
     return parsed
+
+
+def _hide_token(args: TrainingArguments) -> None:
+    """Moves a token into the environment: training_args.bin and the card's command are public."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"] = token = args.hub_token
+        args.hub_token = None
+        sys.argv[:] = [word.replace(token, "***") for word in sys.argv]
 
 
 def quieten(args: TrainingArguments) -> None:

@@ -219,6 +219,8 @@ def card_facts(
         model_name=Path(trainer.args.output_dir).resolve().name,
         dataset=describe(data_args, "train"),
         test_dataset=describe(data_args, "test"),
+        dataset_id=data_args.dataset_id or data_args.dataset_name,
+        dataset_config=data_args.dataset_config_name,
         base_model=model_args.model_name_or_path,
         optimizer=str(training["optim"]),
         settings=optimizer.config.to_dict() if optimizer is not None else training,

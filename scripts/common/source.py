@@ -33,6 +33,10 @@ class SourceArguments:
     dataset_label: str | None = field(
         default=None, metadata={"help": "What the model card calls the data."}
     )
+    dataset_id: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of the data set that local files are of, for card and results."},
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only the first training rows."}
     )

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fngd.hf.registry import OPTIMIZERS
@@ -37,6 +38,19 @@ def train(trainer: Trainer) -> dict[str, Any]:
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     return {"train": trained.metrics, "history": list(trainer.state.log_history)}
+
+
+def push(trainer: Trainer) -> None:
+    """Sends the output folder to the Hub; every rank calls it, one of them does it.
+
+    Args:
+        trainer: A Trainer that has trained and reported.
+    """
+    # Training has put them on again, and what they write at the end hides a message.
+    disable_progress_bars()
+    done = trainer.push_to_hub()
+    if done is not None:
+        print(f"pushed: {done.repo_url}")
 
 
 class TrainingClock(TrainerCallback):

@@ -1,1 +1,1 @@
-"""The rooms of compare_optimizers.py: plan, search, runs, report and curves."""
+"""The rooms of compare_optimizers.py: plan, search, runs and report."""

@@ -10,11 +10,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from comparison import curves, results
+from comparison import results
 from comparison.jobs import TRAINER_SETTINGS, optim_args
 from comparison.outcome import NONE, Outcome, outcomes, spread
 from comparison.plan import Plan, shown
 from comparison.search import at_edge
+from hf_fngd.hf.curves import plot
 
 
 def write_report(plan: Plan, folder: Path) -> list[Path]:
@@ -34,7 +35,7 @@ def write_report(plan: Plan, folder: Path) -> list[Path]:
     written = [folder / name for name in pages]
     series = {outcome.optimizer.label: outcome.usable for outcome in found if outcome.usable}
     if series:
-        curves.plot(folder / "curves.png", series, plan.objective)
+        plot(folder / "curves.png", series, plan.objective)
         written.append(folder / "curves.png")
     return written
 

@@ -19,6 +19,7 @@ from typing import Any
 from comparison.jobs import Job
 from comparison.plan import Plan, shown
 from comparison.results import thin
+from hf_fngd.hf.runs import numbers
 
 
 def execute(plan: Plan, job: Job, work: Path, lock: int) -> dict[str, Any]:
@@ -64,7 +65,8 @@ def execute(plan: Plan, job: Job, work: Path, lock: int) -> dict[str, Any]:
         "settings": job.settings,
         "command": shlex.join(["python", shown(plan.script), shown(file)]),
         "environment": _environment(metrics),
-        **_outcome(metrics),
+        **numbers(metrics),
+        **({"misaligned": metrics["misaligned"]} if metrics.get("misaligned") else {}),
         "total_seconds": total,
         "history": thin(metrics.get("history", []), job.final),
     }
@@ -88,27 +90,6 @@ def _metrics(path: Path, code: int, stderr: Path) -> tuple[dict[str, Any], str |
         return json.loads(path.read_text(encoding="utf-8")), None
     except (OSError, ValueError):
         return {}, f"the script ended well but left no readable {path}"
-
-
-def _outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    history = metrics.get("history", [])
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    steps = max((entry["step"] for entry in history), default=0)
-    timed = [entry for entry in history if "train_seconds" in entry]
-    if timed:
-        seconds, timed_steps = timed[-1]["train_seconds"], timed[-1]["step"]
-    else:
-        seconds, timed_steps = metrics.get("train", {}).get("train_runtime"), steps
-    return {
-        "steps": steps,
-        "train_loss": losses[-1] if losses else None,
-        "train_seconds": seconds,
-        "seconds_per_step": seconds / timed_steps if seconds and timed_steps else None,
-        "evaluation_in_seconds": not timed,
-        "validation": metrics.get("validation", {}),
-        "test": metrics.get("test", {}),
-        **({"misaligned": metrics["misaligned"]} if metrics.get("misaligned") else {}),
-    }
 
 
 def _judge(result: dict[str, Any], metrics: Mapping[str, Any], plan: Plan, job: Job) -> None:

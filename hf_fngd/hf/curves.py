@@ -78,7 +78,7 @@ def clock(run: Mapping[str, Any], steps: np.ndarray) -> np.ndarray:
 
 
 def _draw(
-    axes: Axes, places: np.ndarray, values: np.ndarray, label: str, style: Mapping[str, str]
+    axes: Axes, places: np.ndarray, values: np.ndarray, label: str, style: Mapping[str, Any]
 ) -> None:
     if not places.size:
         return
