@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 import hf_fngd
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_optimizer
-from hf_fngd.hf.card import CardFacts
+from hf_fngd.hf.card_text import CardFacts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
