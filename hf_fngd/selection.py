@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -50,13 +50,24 @@ class Selection:
         return rows
 
     def __str__(self) -> str:
-        rows = [("layer", "type", "weight", "decision"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = (
-            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip()
-            for row in rows
-        )
-        return "\n".join(lines)
+        return layer_table(self.rows())
+
+
+def layer_table(rows: Iterable[Sequence[str]]) -> str:
+    """Lays the rows of a selection out for people.
+
+    Args:
+        rows: What `Selection.rows` gives.
+
+    Returns:
+        Lines with aligned columns.
+    """
+    table = [("layer", "type", "weight", "decision"), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(3)]
+    lines = (
+        "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in table
+    )
+    return "\n".join(lines)
 
 
 def select_layers(

@@ -31,11 +31,7 @@ from hf_fngd.hf.card import CardMixin
 from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.loss_scale import LossScaleMixin
 
-METRICS = ("accuracy",)
-LIMITS = [
-    "The scores are those of one run with one seed.",
-    "The model knows the kind of image it was trained on and little else.",
-]
+METRICS = report.TASKS["image-classification"].metrics
 
 
 class FNGDClassifier(CardMixin, HubMixin, FNGDTrainer):
@@ -97,7 +93,10 @@ def main() -> None:
         compute_metrics=accuracy,
         callbacks=[TrainingClock()],
     )
-    found: dict[str, Any] = {"settings": report.settings(model_args, data_args, args)}
+    found: dict[str, Any] = {
+        "settings": report.settings(model_args, data_args, args),
+        "custom_code": hasattr(trainer.model.config, "auto_map"),
+    }
     predictions: list[dict[str, str]] = []
     if args.do_train:
         found |= train(trainer)
@@ -111,7 +110,7 @@ def main() -> None:
             for label, best in zip(labels["test"], _best(output.predictions), strict=True)
         ]
     if trainer.is_world_process_zero():
-        _report(trainer, predictions, found, model_args, data_args)
+        _report(trainer, predictions, found, data_args)
     if args.push_to_hub and args.do_train:
         push(trainer)
 
@@ -124,7 +123,6 @@ def _report(
     trainer: Any,
     predictions: list[dict[str, str]],
     found: dict[str, Any],
-    model_args: ModelArguments,
     data_args: DataArguments,
 ) -> None:
     folder = Path(trainer.args.output_dir)
@@ -133,17 +131,7 @@ def _report(
         report.write_rows(folder / "predictions.jsonl", predictions)
         written.append(folder / "predictions.jsonl")
     if trainer.args.do_train:
-        test = found.get("test", {})
-        trainer.card_facts = report.card_facts(
-            trainer,
-            found,
-            model_args,
-            data_args,
-            task="image-classification",
-            metrics={name: test[f"test_{name}"] for name in METRICS if f"test_{name}" in test},
-            custom_code=hasattr(trainer.model.config, "auto_map"),
-            limits=LIMITS,
-        )
+        trainer.card_facts = report.card_facts(found, folder)
         trainer.create_model_card()
         written.append(folder / "README.md")
     report.print_summary(found, written, METRICS)

@@ -46,11 +46,7 @@ from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.loss_scale import LossScaleMixin
 
 SHOWN = 10
-METRICS = ("bleu", "chrf")
-LIMITS = [
-    "The scores are those of one run with one seed.",
-    "The model knows the kind of sentence it was trained on and little else.",
-]
+METRICS = report.TASKS["translation"].metrics
 
 
 class InOrderMixin(Seq2SeqTrainer):
@@ -126,7 +122,7 @@ def main() -> None:
                 {**output.metrics, **scores} if name == "test" else more
             )
     if trainer.is_world_process_zero():
-        _report(trainer, pairs, metrics, found, model_args, data_args)
+        _report(trainer, pairs, metrics, found, data_args)
     if args.push_to_hub and args.do_train:
         push(trainer)
 
@@ -136,7 +132,6 @@ def _report(
     pairs: datasets.DatasetDict,
     metrics: ComputeMetrics,
     found: dict[str, Any],
-    model_args: ModelArguments,
     data_args: DataArguments,
 ) -> None:
     folder = Path(trainer.args.output_dir)
@@ -154,17 +149,7 @@ def _report(
         for source, reference, prediction in rows[:SHOWN]:
             print(f"\n  {source}\n  = {reference}\n  > {prediction}")
     if trainer.args.do_train:
-        trainer.card_facts = report.card_facts(
-            trainer,
-            found,
-            model_args,
-            data_args,
-            task="translation",
-            languages=[data_args.source_lang, data_args.target_lang],
-            metrics={name: scores[name] for name in METRICS if name in scores},
-            signatures={n: scores[f"{n}_signature"] for n in METRICS if n in scores},
-            limits=LIMITS,
-        )
+        trainer.card_facts = report.card_facts(found, folder)
         trainer.create_model_card()
         written.append(folder / "README.md")
     report.print_summary(found, written, METRICS)

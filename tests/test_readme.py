@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,16 @@ def test_plain_loop_runs_and_learns():
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_links_lead_to_files(link):
     assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda p: p.name)
+def test_cards_are_what_the_code_makes_of_the_numbers(folder, tmp_path):
+    own = tmp_path / folder.name
+    shutil.copytree(folder, own, ignore=shutil.ignore_patterns("README.md"))
+    script = str(ROOT / "scripts" / "write_card.py")
+    subprocess.run([sys.executable, script, str(own)], check=True, cwd=ROOT, timeout=120)
+    for path in folder.iterdir():
+        assert (own / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda p: p.name)

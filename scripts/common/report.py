@@ -7,9 +7,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -23,11 +23,39 @@ import hf_fngd
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_optimizer
 from hf_fngd.hf.card_text import CardFacts
+from hf_fngd.selection import layer_table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 LABELS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy"}
+ONE_RUN = "The scores are those of one run with one seed."
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a script trains for: metrics of its test set, and what its models cannot do."""
+
+    name: str
+    metrics: tuple[str, ...]
+    limits: tuple[str, ...]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "translation",
+            ("bleu", "chrf"),
+            (ONE_RUN, "The model knows the kind of sentence it was trained on and little else."),
+        ),
+        Task(
+            "image-classification",
+            ("accuracy",),
+            (ONE_RUN, "The model knows the kind of image it was trained on and nothing else."),
+        ),
+    )
+}
 
 
 def environment(*more: ModuleType) -> dict[str, Any]:
@@ -198,37 +226,41 @@ def write_run(
     return written
 
 
-def card_facts(
-    trainer: Trainer, found: dict[str, Any], model_args: Any, data_args: Any, **more: Any
-) -> CardFacts:
-    """Gathers what the model card says, whatever the task.
+def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
+    """Gathers what the model card says from the numbers of a run alone.
 
     Args:
-        trainer: A Trainer that has trained.
         found: Content of metrics.json.
-        model_args: Dataclass of model arguments.
-        data_args: Dataclass of data arguments.
-        **more: What the task adds.
+        folder: Folder of the model, which names it.
 
     Returns:
         Facts.
     """
-    optimizer = unwrap_optimizer(trainer.optimizer)
-    training = found["settings"]["training"]
+    data, training = found["settings"]["data"], found["settings"]["training"]
+    task = TASKS["translation" if "source_lang" in data else "image-classification"]
+    optimizer = found.get("optimizer")
+    test = found.get("test", {})
+    scores = {name: test.get(name, test.get(f"test_{name}")) for name in task.metrics}
+    places = SimpleNamespace(**data)
     return CardFacts(
-        model_name=Path(trainer.args.output_dir).resolve().name,
-        dataset=describe(data_args, "train"),
-        test_dataset=describe(data_args, "test"),
-        dataset_id=data_args.dataset_id or data_args.dataset_name,
-        dataset_config=data_args.dataset_config_name,
-        base_model=model_args.model_name_or_path,
+        model_name=folder.resolve().name,
+        task=task.name,
+        languages=[data[key] for key in ("source_lang", "target_lang") if key in data],
+        dataset=describe(places, "train"),
+        test_dataset=describe(places, "test"),
+        dataset_id=data.get("dataset_id") or data["dataset_name"],
+        dataset_config=data["dataset_config_name"],
+        base_model=found["settings"]["model"]["model_name_or_path"],
         optimizer=str(training["optim"]),
-        settings=optimizer.config.to_dict() if optimizer is not None else training,
-        layers=str(optimizer.selection) if optimizer is not None else "",
-        seed=trainer.args.seed,
+        settings=optimizer["config"] if optimizer else training,
+        layers=layer_table(optimizer["layers"]) if optimizer else "",
+        seed=training["seed"],
         curves="curves.png" if found["history"] else None,
+        metrics={name: value for name, value in scores.items() if value is not None},
+        signatures={n: test[f"{n}_signature"] for n in scores if f"{n}_signature" in test},
+        limits=list(task.limits),
+        custom_code=found.get("custom_code", False),
         **found["environment"],
-        **more,
     )
 
 
