@@ -121,6 +121,7 @@ def test_process_leaves_everything(tmp_path):
     folder, found = tmp_path / "out", metrics(tmp_path)
     assert list(found) == [
         "settings",
+        "custom_code",
         "train",
         "history",
         "validation",

@@ -52,7 +52,7 @@ TASKS = {
         Task(
             "image-classification",
             ("accuracy",),
-            (ONE_RUN, "The model knows the kind of image it was trained on and nothing else."),
+            (ONE_RUN, "The model knows the kind of image it was trained on and little else."),
         ),
     )
 }
