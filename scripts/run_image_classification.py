@@ -93,10 +93,7 @@ def main() -> None:
         compute_metrics=accuracy,
         callbacks=[TrainingClock()],
     )
-    found: dict[str, Any] = {
-        "settings": report.settings(model_args, data_args, args),
-        "custom_code": hasattr(trainer.model.config, "auto_map"),
-    }
+    found: dict[str, Any] = {"settings": report.settings(model_args, data_args, args)}
     predictions: list[dict[str, str]] = []
     if args.do_train:
         found |= train(trainer)
@@ -126,6 +123,8 @@ def _report(
     data_args: DataArguments,
 ) -> None:
     folder = Path(trainer.args.output_dir)
+    # Saving has put the model's own code beside it, if it has some.
+    found["custom_code"] = hasattr(trainer.model.config, "auto_map")
     written = report.write_run(trainer, found, data_args, "accuracy", "cross-entropy an image")
     if predictions:
         report.write_rows(folder / "predictions.jsonl", predictions)

@@ -121,11 +121,11 @@ def test_process_leaves_everything(tmp_path):
     folder, found = tmp_path / "out", metrics(tmp_path)
     assert list(found) == [
         "settings",
-        "custom_code",
         "train",
         "history",
         "validation",
         "test",
+        "custom_code",
         "environment",
         "optimizer",
     ]
