@@ -66,3 +66,14 @@ def test_cards_repeat_their_metrics_file(folder):
     assert f"| this model | {found['test']['bleu']:.2f} | {found['test']['chrf']:.2f} |" in card
     assert found["environment"]["command"] in card
     assert found["test"]["bleu_signature"] in card
+
+
+def test_what_is_said_of_the_comparison_is_so():
+    assert "FNGD with its defaults is behind plain SGD" in README and "Muon is\n  ahead" in README
+    for name, metric in (("cifar10", "test_accuracy"), ("multi30k", "bleu")):
+        runs = ROOT / "scripts" / "bench" / "results" / f"compare_{name}" / "runs"
+        means = {}
+        for folder in runs.iterdir():
+            found = [json.loads(path.read_text())["test"] for path in folder.glob("final-*.json")]
+            means[folder.name] = sum(test[metric] for test in found) / len(found)
+        assert max(means, key=means.get) == "muon" and means["fngd"] < means["sgd"], means

@@ -199,11 +199,12 @@ def _notes(plan: Plan, found: Sequence[Outcome]) -> list[str]:
 
 def _machine(found: Sequence[Outcome]) -> list[str]:
     machines: list[Mapping[str, Any]] = []
-    for outcome in found:
-        for run in [*outcome.trials, *outcome.finals, *outcome.timed]:
-            # A failed run tells less; what it tells is no other machine.
-            if run["status"] != "failed" and run["environment"] not in machines:
-                machines.append(run["environment"])
+    timed = [run for outcome in found for run in [*outcome.finals, *outcome.timed]]
+    # The seconds of the tables are those of the final runs.
+    for run in timed or [run for outcome in found for run in outcome.trials]:
+        # A failed run tells less; what it tells is no other machine.
+        if run["status"] != "failed" and run["environment"] not in machines:
+            machines.append(run["environment"])
     told = []
     for one in machines:
         versions = ", ".join(f"{name} {number}" for name, number in one.get("versions", {}).items())
