@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_fngd import coefficients, gram
-from hf_fngd.batches import TrackedLayer
+from hf_fngd.batches import SizedPass, TrackedLayer
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
 from hf_fngd.layers import Call, gather_calls, sum_gradients
@@ -26,7 +26,7 @@ class LayerState(TrackedLayer[FNGDState]):
         adapter: Adapter of the layer's type.
     """
 
-    def begin(self, rows: int) -> Batch | None:
+    def begin(self, rows: int) -> SizedPass | None:
         """Gives the pass that a call belongs to.
 
         Args:
@@ -35,7 +35,7 @@ class LayerState(TrackedLayer[FNGDState]):
         Returns:
             The batch, or None to leave the call alone: also in the epochs before `collect_from`.
         """
-        return None if self.state.waiting else self.state.current(rows, self.name)
+        return None if self.state.waiting else super().begin(rows)
 
     def weights(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
         """Looks up γ for one call.

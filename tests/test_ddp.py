@@ -30,6 +30,13 @@ def launch(folder, *options, epochs=2):
     )
 
 
+def on_two_ranks(module, folder, name):
+    """Runs a test module as a script on two ranks; gives what each of them saved under a name."""
+    out = run(module, str(folder), launcher=(*LAUNCHERS["torchrun"], "-m"))
+    assert out.returncode == 0, out.stderr
+    return both(folder, name)
+
+
 def both(folder, name):
     return [torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -12,8 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_fngd import create_fngd_optimizer
-from tests.test_ddp import LAUNCHERS, both
-from tests.test_runner import run
+from tests.test_ddp import on_two_ranks
 
 ROWS, BATCH, EPOCHS = 16, 4, 3
 VARIANTS = {
@@ -96,10 +95,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    out = run("tests.test_fsdp", str(folder), launcher=(*LAUNCHERS["torchrun"], "-m"))
-    assert out.returncode == 0, out.stderr
-    return both(folder, "weights")
+    return on_two_ranks("tests.test_fsdp", tmp_path_factory.mktemp("fsdp"), "weights")
 
 
 @pytest.mark.feature(

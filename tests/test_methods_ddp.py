@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fngd import create_preconditioned_optimizer
-from tests.test_ddp import LAUNCHERS, both
+from tests.test_ddp import LAUNCHERS, both, on_two_ranks
 from tests.test_methods_trainer import SETTINGS as LEARNING
 from tests.test_runner import BATCHES, SCRIPT, run
 from tests.test_runner import SETTINGS as SCRIPT_SETTINGS
@@ -67,10 +67,9 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_ranks")
-    out = run("tests.test_methods_ddp", str(folder), launcher=(*LAUNCHERS["torchrun"], "-m"))
-    assert out.returncode == 0, out.stderr
-    return both(folder, "directions")
+    return on_two_ranks(
+        "tests.test_methods_ddp", tmp_path_factory.mktemp("two_ranks"), "directions"
+    )
 
 
 @pytest.mark.slow
