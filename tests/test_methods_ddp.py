@@ -1,6 +1,7 @@
 """Two processes: every method gives what one process would, averaged where its paper says so."""
 
 import faulthandler
+import gc
 import sys
 from datetime import timedelta
 
@@ -47,22 +48,28 @@ def directions(model):
 
 
 def main(folder):
-    """What each of the two ranks runs; a rank that hangs says where and ends both."""
+    """What each of the two ranks runs; a rank that hangs says where and ends both.
+
+    Nothing may outlive the process group: the last owner of one ends its threads, and where that
+    is DDP's reducer it holds the interpreter's lock meanwhile, which those threads may wait for.
+    """
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
-    half = slice(6 * rank, 6 * rank + 6)
-    found = {}
-    for name in SETTINGS:
-        model, inputs, classes = build()
-        optimizer = make(name, model)
-        parallel = DistributedDataParallel(model)
-        nn.functional.cross_entropy(parallel(inputs[half]), classes[half]).backward()
-        optimizer.step()
-        found[name] = directions(model)
+    found = {name: directions_of_half(name, slice(6 * rank, 6 * rank + 6)) for name in SETTINGS}
     torch.save(found, f"{folder}/directions{rank}.pt")
+    gc.collect()
     dist.destroy_process_group()
+
+
+def directions_of_half(name, half):
+    model, inputs, classes = build()
+    optimizer = make(name, model)
+    parallel = DistributedDataParallel(model)
+    nn.functional.cross_entropy(parallel(inputs[half]), classes[half]).backward()
+    optimizer.step()
+    return directions(model)
 
 
 @pytest.fixture(scope="module")
