@@ -140,6 +140,26 @@ def comparison() -> str:
     return "\n".join(parts).rstrip()
 
 
+def sharing() -> str:
+    """Makes the table of what is left of coefficients elsewhere from its study.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "coefficient_noise.json").read_text())
+    lines = [
+        "| trained for | λ | r, other batch | r, earlier weights | plain gradient "
+        "| γ of another batch | and of earlier weights |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    columns = ("r: batch", "r: weights", "cos: plain", "cos: shared", "cos: old")
+    for row in report["results"]["measurements"]:
+        if "cos: old" in row:
+            cells = " | ".join(f"{row[column]:.2f}" for column in columns)
+            lines.append(f"| {row['epochs']} epochs | {row['damping']:g} | {cells} |")
+    return "\n".join(lines)
+
+
 def _is_shown(column: str) -> bool:
     return column in ("optimizer", "final runs", "s / step") or column.startswith(
         ("test ", "eval_", "against ")
@@ -174,7 +194,7 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for make in (settings, costs, methods, comparison, support):
+    for make in (settings, costs, methods, comparison, sharing, support):
         name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

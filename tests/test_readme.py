@@ -77,3 +77,13 @@ def test_what_is_said_of_the_comparison_is_so():
             found = [json.loads(path.read_text())["test"] for path in folder.glob("final-*.json")]
             means[folder.name] = sum(test[metric] for test in found) / len(found)
         assert max(means, key=means.get) == "muon" and means["fngd"] < means["sgd"], means
+
+
+def test_what_is_said_of_old_coefficients_is_so():
+    assert "outlive another batch, but not the training" in README
+    file = ROOT / "scripts" / "bench" / "results" / "coefficient_noise.json"
+    rows = json.loads(file.read_text())["results"]["measurements"]
+    later = [row for row in rows if "cos: old" in row]
+    assert len(later) == 12
+    for row in later:
+        assert row["cos: old"] < row["cos: plain"] < row["cos: shared"], row
