@@ -45,10 +45,14 @@ class Study:
         default="data/multi30k/train.en-de.jsonl.gz", metadata={"help": "Sentence pairs."}
     )
     rows: int = field(default=2000, metadata={"help": "First pairs of it."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Trained model to go on with; default: a new Marian."}
+    )
     d_model: int = field(default=128, metadata={"help": "Width of the Marian."})
     layers: int = field(default=2, metadata={"help": "Layers on each side."})
     batch_size: int = field(default=64, metadata={"help": "Pairs a batch."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of the training between."})
+    other_lr: float = field(default=5e-3, metadata={"help": "Of embeddings and norms."})
     probed: int = field(default=8, metadata={"help": "Batches whose directions are compared."})
     epochs: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10],
@@ -85,9 +89,16 @@ class Data:
         )
         pairs = load_pairs(arguments)
         shape = ModelArguments(
-            d_model=study.d_model, ffn_dim=4 * study.d_model, layers=study.layers, dropout=0.0
+            model_name_or_path=study.model_name_or_path,
+            d_model=study.d_model,
+            ffn_dim=4 * study.d_model,
+            layers=study.layers,
+            dropout=0.0,
         )
         self.model, tokenizer = load_model(shape, sentences(pairs), 64, ("en", "de"))
+        for module in self.model.modules():
+            if hasattr(module, "dropout"):  # a trained model brings its own
+                module.dropout = 0.0
         self.rows = list(tokenize(pairs["train"], tokenizer, arguments))
         self.collate = DataCollatorForSeq2Seq(tokenizer, model=self.model)
         self.size = study.batch_size
@@ -232,11 +243,11 @@ def main() -> None:
     data = Data(study)
     model = data.model
     trainer = create_preconditioned_optimizer(
-        model, method="plain", lr=study.learning_rate, update_rule="adamw", other_lr=5e-3
+        model, method="plain", lr=study.learning_rate, update_rule="adamw", other_lr=study.other_lr
     )
     data.weights = [f"{path}.weight" for path in trainer.selection.chosen]
     before: dict[float, FNGD] = {}
-    rows, done = [], 0
+    rows, done, loss = [], 0, None
     for epochs in sorted(study.epochs):
         trainer.attach()
         for epoch in range(done, epochs):
@@ -252,7 +263,7 @@ def main() -> None:
             first, second = (collect(data, damping, seed) for seed in (0, 1))
             row = {
                 "epochs": epochs,
-                "loss": float(loss.detach()),
+                "loss": None if loss is None else float(loss.detach()),
                 "damping": damping,
                 "mean γ": float(table(first).mean()),
                 "deviation": float(table(first).std(0).mean()),
