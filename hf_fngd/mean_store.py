@@ -86,6 +86,15 @@ class MeanStore:
             self._means = torch.cat([means, mean], 1).float()
         return self._means
 
+    def values(self) -> Tensor:
+        """Gives all means.
+
+        Returns:
+            float32 matrix `[keys, layers]`, NaN where nothing was collected.
+        """
+        seen = (self.total + self.local)[1] > 0
+        return self._all_means()[:, :-1].masked_fill(~seen, torch.nan).t()
+
     def count_known(self) -> int:
         """Counts the keys for which something was collected.
 

@@ -108,6 +108,14 @@ class SampleStore:
             values = torch.where(missing, self._means, values)
         return values
 
+    def values(self) -> Tensor:
+        """Gives all coefficients.
+
+        Returns:
+            float32 matrix `[rows, layers]`, NaN where nothing is stored.
+        """
+        return self.table.float()
+
     def write(self, rows: Tensor, values: Tensor, part: float = 1.0) -> None:
         """Stores the coefficients of a batch.
 

@@ -16,7 +16,15 @@ from hf_fngd.hf.card_text import CardFacts, is_hub_id, section
 from hf_fngd.hf.eval_results import write_eval_results
 
 _BEGIN, _END = "<!-- hf_fngd: begin -->", "<!-- hf_fngd: end -->"
-_METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "Accuracy"}
+_METRIC_NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "accuracy": "Accuracy",
+    "perplexity": "Perplexity",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
 
 
 def card_data(facts: CardFacts) -> ModelCardData:

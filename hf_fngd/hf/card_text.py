@@ -10,11 +10,18 @@ from typing import Any
 from hf_fngd.hf.registry import OPTIMIZERS
 
 # What loads a model of a task, beside the model: by default what translation needs.
-_LOADERS = {"image-classification": ("AutoImageProcessor", "AutoModelForImageClassification")}
+_LOADERS = {
+    "image-classification": ("AutoImageProcessor", "AutoModelForImageClassification"),
+    "text-generation": ("AutoTokenizer", "AutoModelForCausalLM"),
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Method, title, where it appeared, year.
 _PAPERS = {
-    "fngd": ("Fast Natural Gradient Descent", "arXiv:2403.03473", 2024),
+    "fngd": (
+        "Inverse-Free Fast Natural Gradient Descent Method for Deep Learning",
+        "arXiv:2403.03473",
+        2024,
+    ),
     "kfac": (
         "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
         "ICML",
@@ -62,6 +69,7 @@ class CardFacts:
         baselines: Scores of other runs, by a description of them.
         signatures: sacrebleu signatures by metric name.
         curves: File name of the plot, beside the card.
+        coefficients: File name of the picture of FNGD's coefficients, beside the card.
         limits: Sentences on what the model cannot do.
         custom_code: Whether the model's class lies beside the model instead of in transformers.
     """
@@ -85,6 +93,7 @@ class CardFacts:
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
     curves: str | None = None
+    coefficients: str | None = None
     limits: list[str] = field(default_factory=list)
     custom_code: bool = False
 
@@ -127,6 +136,12 @@ def section(facts: CardFacts) -> str:
     parts = [_results(facts)] if facts.metrics else []
     if facts.curves:
         parts.append(f"## Training curves\n\n![loss and scores]({facts.curves})")
+    if facts.coefficients:
+        parts.append(
+            "## Coefficients of FNGD\n\nKept at the end of the training, by group of layers, and "
+            "the share of samples that found theirs again.\n\n"
+            f"![coefficients]({facts.coefficients})"
+        )
     parts.append(_training(facts))
     parts.append(_usage(facts))
     if facts.limits:

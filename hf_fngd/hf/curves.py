@@ -1,4 +1,4 @@
-"""The picture: training loss and validation objective, against steps and against seconds."""
+"""Pictures: loss and objective against steps and seconds, and the coefficients that FNGD keeps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from hf_fngd.optimizer import FNGD  # noqa: E402
+
+# Lines that can still be told apart, and the share of coefficients beyond each end of the axis.
+_MAX_GROUPS = 8
+_BEYOND = 0.005
 
 
 def plot(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], objective: str) -> None:
@@ -35,10 +42,7 @@ def plot(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], objectiv
         for axes in (left, right):
             axes.grid(alpha=0.3)
     panels[0, 0].legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
+    _save(figure, path)
 
 
 def points(
@@ -88,3 +92,119 @@ def _draw(
         axes.fill_between(
             places, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15
         )
+
+
+def layer_groups(names: Sequence[str]) -> dict[str, list[int]]:
+    """Puts layers together that have the same role: their paths begin alike but for numbers.
+
+    Where all layers have one role (a ResNet's convolutions) they are told apart by the numbers.
+
+    Args:
+        names: Paths of layers.
+
+    Returns:
+        Numbers of the layers by group, without the words that all groups begin with; at most eight
+        groups unless the first words are more.
+    """
+    paths = [name.split(".") for name in names]
+    plain = [[word for word in path if not word.isdigit()] for path in paths]
+    found = _joined(plain)
+    return found if len(found) > 2 else _joined(paths)
+
+
+def _joined(paths: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for words in range(max(map(len, paths), default=0), 0, -1):
+        fewer: dict[str, list[int]] = {}
+        for number, path in enumerate(paths):
+            fewer.setdefault(".".join(path[:words]), []).append(number)
+        # Names as short as they can be without joining what is few enough already.
+        if groups and len(groups) <= _MAX_GROUPS and len(fewer) < len(groups):
+            break
+        groups = fewer
+    split = [group.split(".") for group in groups]
+    same = 0
+    while min(map(len, split), default=0) > same + 1 and len({one[same] for one in split}) == 1:
+        same += 1
+    return {".".join(words[same:]): groups[".".join(words)] for words in split}
+
+
+def kept_coefficients(optimizer: FNGD) -> dict[str, np.ndarray]:
+    """Gives the coefficients that the store holds.
+
+    Args:
+        optimizer: FNGD, also after the training.
+
+    Returns:
+        For each group of layers all γ, flat; nothing where none are kept.
+    """
+    state = optimizer.coefficients
+    if state.store is None:
+        return {}
+    state.flush()
+    table = state.store.values().numpy()
+    found = {group: table[:, layers] for group, layers in layer_groups(state.names).items()}
+    flat = {group: values[np.isfinite(values)] for group, values in found.items()}
+    return {group: values for group, values in flat.items() if values.size}
+
+
+def summary(coefficients: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Describes coefficients by a few numbers.
+
+    Args:
+        coefficients: As `kept_coefficients` gives them.
+
+    Returns:
+        For each group `count`, `mean`, `min`, `median` and `max`.
+    """
+    return {
+        group: {
+            "count": int(gamma.size),
+            "mean": float(gamma.mean(dtype=np.float64)),
+            "min": float(gamma.min()),
+            "median": float(np.median(gamma)),
+            "max": float(gamma.max()),
+        }
+        for group, gamma in coefficients.items()
+    }
+
+
+def plot_coefficients(
+    path: Path, coefficients: Mapping[str, np.ndarray], history: Sequence[Mapping[str, Any]]
+) -> None:
+    """Draws a histogram of γ for each group of layers, and the reuse rate against steps.
+
+    Args:
+        path: PNG file.
+        coefficients: As `kept_coefficients` gives them, not empty.
+        history: The Trainer's log history; without `fngd/reuse_rate` there is one panel only.
+    """
+    rates = [(e["step"], e["fngd/reuse_rate"]) for e in history if "fngd/reuse_rate" in e]
+    panels = 2 if rates else 1
+    figure, axes = pyplot.subplots(
+        1, panels, figsize=(5.5 * panels, 4), layout="constrained", squeeze=False
+    )
+    left = axes[0, 0]
+    every = np.concatenate(list(coefficients.values()))
+    low, high = np.quantile(every, (_BEYOND, 1 - _BEYOND))
+    pad = 0.02 * (high - low) or 0.5
+    bins = np.linspace(low - pad, high + pad, 61)
+    for group, gamma in coefficients.items():
+        weights = np.full(gamma.size, 1 / gamma.size)
+        left.hist(gamma, bins=bins, weights=weights, histtype="step", label=group or "all")
+    left.axvline(1, color="0.6", linewidth=1, linestyle=":")
+    left.set(xlabel="γ kept (1: plain gradient)", ylabel="share of the group")
+    left.legend(fontsize="small")
+    if rates:
+        axes[0, 1].plot(*zip(*rates, strict=True), marker="o", markersize=3)
+        axes[0, 1].set(xlabel="step", ylabel="reuse rate of the epoch", ylim=(-0.05, 1.05))
+    for one in axes[0]:
+        one.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)
+    temporary.replace(path)
