@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
+from common.facts import TASKS, settings
 from common.training import TrainingClock, is_ours, push, train
 from images.data import DataArguments, class_names, class_numbers, load_splits
 from images.model import ModelArguments, classes_of, load_model
@@ -31,7 +32,7 @@ from hf_fngd.hf.card import CardMixin
 from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.loss_scale import LossScaleMixin
 
-METRICS = report.TASKS["image-classification"].metrics
+METRICS = TASKS["image-classification"].metrics
 
 
 class FNGDClassifier(CardMixin, HubMixin, FNGDTrainer):
@@ -93,7 +94,7 @@ def main() -> None:
         compute_metrics=accuracy,
         callbacks=[TrainingClock()],
     )
-    found: dict[str, Any] = {"settings": report.settings(model_args, data_args, args)}
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     predictions: list[dict[str, str]] = []
     if args.do_train:
         found |= train(trainer)
@@ -129,11 +130,7 @@ def _report(
     if predictions:
         report.write_rows(folder / "predictions.jsonl", predictions)
         written.append(folder / "predictions.jsonl")
-    if trainer.args.do_train:
-        trainer.card_facts = report.card_facts(found, folder)
-        trainer.create_model_card()
-        written.append(folder / "README.md")
-    report.print_summary(found, written, METRICS)
+    report.finish(trainer, found, written, METRICS)
 
 
 def cli() -> int:

@@ -20,48 +20,18 @@ import datasets
 import sacrebleu
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
-from common.training import TrainingClock, is_ours, push, train
-from torch.utils.data import SequentialSampler
-from transformers import (
-    DataCollatorForSeq2Seq,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
-from translation.data import (
-    DataArguments,
-    load_extra_tests,
-    load_pairs,
-    sentences,
-    tokenize,
-)
-from translation.metrics import ComputeMetrics, score
+from common.facts import TASKS, settings
+from common.seq2seq import ComputeMetrics, make_trainer, tokenize, write_predictions
+from common.training import push, train
+from transformers import Seq2SeqTrainingArguments, set_seed
+from translation.data import DataArguments, load_extra_tests, load_pairs, sentences
+from translation.metrics import score
 from translation.model import ModelArguments, load_model
 from translation.noise import separation
 
-from hf_fngd import FNGDSeq2SeqTrainer
 from hf_fngd.hf.callback import unwrap_optimizer
-from hf_fngd.hf.card import CardMixin
-from hf_fngd.hf.hub import HubMixin
-from hf_fngd.hf.loss_scale import LossScaleMixin
 
-SHOWN = 10
-METRICS = report.TASKS["translation"].metrics
-
-
-class InOrderMixin(Seq2SeqTrainer):
-    """Evaluates in the order of the data, also under group_by_length: references have no ids."""
-
-    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> SequentialSampler | None:
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-
-class FNGDTranslator(InOrderMixin, CardMixin, HubMixin, FNGDSeq2SeqTrainer):
-    """The Trainer for `--optim fngd…`."""
-
-
-class BaselineTranslator(InOrderMixin, CardMixin, HubMixin, LossScaleMixin, Seq2SeqTrainer):
-    """The Trainer for every other optimizer, with the same correction of the loss scale."""
+METRICS = TASKS["translation"].metrics
 
 
 def main() -> None:
@@ -82,23 +52,11 @@ def main() -> None:
     longest = max(data_args.max_source_length, data_args.max_target_length)
     model, tokenizer = load_model(model_args, sentences(pairs), longest, languages)
     tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
-    args.predict_with_generate = True
-    args.generation_max_length = args.generation_max_length or data_args.max_target_length
-    metrics = ComputeMetrics(tokenizer)
+    metrics = ComputeMetrics(tokenizer, score)
     if "validation" in pairs:
         metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
-    kind = FNGDTranslator if is_ours(args.optim) else BaselineTranslator
-    trainer = kind(
-        model=model,
-        args=args,
-        train_dataset=tokens.get("train"),
-        eval_dataset=tokens.get("validation"),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=None),
-        processing_class=tokenizer,
-        compute_metrics=metrics,
-        callbacks=[TrainingClock()],
-    )
-    found: dict[str, Any] = {"settings": report.settings(model_args, data_args, args)}
+    trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
         # Its history is without the final evaluations, which decode with more beams.
         found |= train(trainer)
@@ -139,20 +97,9 @@ def _report(
         trainer, found, data_args, "bleu", "cross-entropy a token", sacrebleu
     )
     scores = found.get("test", {})
-    if scores:
-        columns = (pairs["test"]["source"], pairs["test"]["target"], metrics.predictions)
-        rows = list(zip(*columns, strict=True))
-        path = folder / "predictions.jsonl"
-        names = ("source", "reference", "prediction")
-        report.write_rows(path, (dict(zip(names, row, strict=True)) for row in rows))
-        written.append(path)
-        for source, reference, prediction in rows[:SHOWN]:
-            print(f"\n  {source}\n  = {reference}\n  > {prediction}")
-    if trainer.args.do_train:
-        trainer.card_facts = report.card_facts(found, folder)
-        trainer.create_model_card()
-        written.append(folder / "README.md")
-    report.print_summary(found, written, METRICS)
+    if scores and "test" in pairs:
+        written.append(write_predictions(folder, pairs["test"], metrics.predictions))
+    report.finish(trainer, found, written, METRICS)
 
 
 def cli() -> int:

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from common.report import card_facts
+from common.facts import card_facts
 
 from hf_fngd.hf.card import write_card
 

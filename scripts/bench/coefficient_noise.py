@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, set_seed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from translation.data import DataArguments, load_pairs, sentences, tokenize  # noqa: E402
+from common.seq2seq import tokenize  # noqa: E402
+from translation.data import DataArguments, load_pairs, sentences  # noqa: E402
 from translation.model import ModelArguments, load_model  # noqa: E402
 from workload import write_results  # noqa: E402
 

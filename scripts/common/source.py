@@ -11,6 +11,7 @@ import datasets
 from common.arguments import InputError
 
 SPLITS = ("train", "validation", "test")
+TEXT_FILES = {**dict.fromkeys((".json", ".json.gz", ".jsonl", ".jsonl.gz"), "json"), ".txt": "text"}
 
 
 @dataclass
@@ -96,6 +97,58 @@ def load_file(split: str, name: str, builders: dict[str, str]) -> datasets.Datas
         reason = str(error.__cause__ or error).splitlines()[0]
         kind = "JSON lines, or a damaged .gz" if builder == "json" else f"a {builder} file"
         raise InputError(f"--{split}_file: {name!r} is not {kind}: {reason}") from None
+
+
+def load_columns(args: SourceArguments, columns: dict[str, str]) -> datasets.DatasetDict:
+    """Loads columns of text of all splits, and checks them.
+
+    Args:
+        args: Data arguments.
+        columns: Where each column comes from: its name, or its path in nested rows, as `a.b`.
+
+    Returns:
+        The splits that exist, with `columns` and no others.
+
+    Raises:
+        InputError: For a missing file, an empty split, or rows without text.
+    """
+    if args.dataset_name:
+        raw = load_hub(args.dataset_name, args.dataset_config_name)
+    else:
+        named = {split: getattr(args, f"{split}_file") for split in SPLITS}
+        raw = {split: load_file(split, name, TEXT_FILES) for split, name in named.items() if name}
+        for split in (one for one in raw if named[one].endswith(".txt")):
+            raw[split] = raw[split].filter(lambda row: bool(row["text"].strip()))
+    found = {}
+    for split in (one for one in SPLITS if one in raw):
+        rows = first_rows(raw[split], split, args)
+        texts = {to: _texts(rows, split, path) for to, path in columns.items()}
+        found[split] = datasets.Dataset.from_dict(texts)
+    if not found:
+        raise InputError("no data: give --train_file, --validation_file, --test_file or a data set")
+    return datasets.DatasetDict(found)
+
+
+def _texts(rows: datasets.Dataset, split: str, path: str) -> list[str]:
+    name, *inner = path.split(".")
+    if name not in rows.column_names:
+        raise InputError(
+            f"the {split} set has the columns {', '.join(rows.column_names)} but no {name!r}: name "
+            "the one with the text"
+        )
+    try:
+        texts = list(rows[name])
+    except UnicodeDecodeError as error:
+        raise InputError(f"the {split} set is not UTF-8, convert it: {error}") from None
+    for key in inner:
+        texts = [text.get(key) if isinstance(text, dict) else None for text in texts]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f"row {number} of the {split} set has no text under {path!r}: remove the row or "
+                "fill it in"
+            )
+    return texts
 
 
 def first_rows(rows: datasets.Dataset, split: str, args: Any) -> datasets.Dataset:

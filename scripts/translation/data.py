@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 from common.arguments import InputError
 from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub
-from transformers import PreTrainedTokenizerBase
 
 from translation.noise import misalign
 
@@ -113,31 +111,6 @@ def sentences(pairs: datasets.DatasetDict) -> Iterator[str]:
     rows = pairs.get("train") or next(iter(pairs.values()))
     yield from rows["source"]
     yield from rows["target"]
-
-
-def tokenize(
-    pairs: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments
-) -> datasets.Dataset:
-    """Turns sentence pairs into model inputs.
-
-    Args:
-        pairs: Columns `source` and `target`.
-        tokenizer: The tokenizer.
-        args: Length limits and prefix.
-
-    Returns:
-        Columns `input_ids`, `attention_mask` and `labels`.
-    """
-
-    def encode(rows: dict[str, list[str]]) -> Any:
-        sources = [args.source_prefix + text for text in rows["source"]]
-        inputs = tokenizer(sources, max_length=args.max_source_length, truncation=True)
-        inputs["labels"] = tokenizer(
-            text_target=rows["target"], max_length=args.max_target_length, truncation=True
-        )["input_ids"]
-        return inputs
-
-    return pairs.map(encode, batched=True, remove_columns=pairs.column_names)
 
 
 def _load(args: DataArguments) -> datasets.DatasetDict:

@@ -11,9 +11,9 @@ from typing import Any
 
 import sentencepiece
 from common.arguments import InputError
+from common.pretrained import PretrainedArguments, load_pretrained, with_adapters
 from transformers import (
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     GenerationConfig,
     MarianConfig,
     MarianMTModel,
@@ -24,7 +24,7 @@ from transformers import (
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(PretrainedArguments):
     """A pretrained model, or the shape of a small Marian trained from scratch."""
 
     model_name_or_path: str | None = field(
@@ -37,13 +37,6 @@ class ModelArguments:
     layers: int = field(default=3, metadata={"help": "New Marian: layers on each side."})
     attention_heads: int = field(default=4, metadata={"help": "New Marian: attention heads."})
     dropout: float = field(default=0.1, metadata={"help": "New Marian: dropout."})
-    lora_rank: int | None = field(
-        default=None,
-        metadata={"help": "Train LoRA adapters of this rank on all linear layers, and no more."},
-    )
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "Scale of the adapters; default: twice their rank."}
-    )
     num_beams: int = field(default=4, metadata={"help": "Beams of the final translation."})
 
 
@@ -62,56 +55,24 @@ def load_model(
         Model and tokenizer.
 
     Raises:
-        InputError: If there is no such model, it has no sequence-to-sequence head, it takes no
-            sequences of this length, or adapters are wanted on nothing.
-        ValueError: As transformers raises it for any other reason.
+        InputError: If adapters are wanted on nothing; and as `load_pretrained` raises it.
     """
     if args.lora_rank is not None and args.model_name_or_path is None:
         raise InputError("--lora_rank adapts a trained model: give --model_name_or_path")
     if args.model_name_or_path is None:
         tokenizer = train_tokenizer(sentences, args.vocab_size, languages)
         return new_marian(args, tokenizer, max_length), tokenizer
-    name = args.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSeq2SeqLM.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot load --model_name_or_path {name!r}: {reason}") from None
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise InputError(
-            f"{name!r} has no sequence-to-sequence head: choose a translation model, as Marian, "
-            "T5, BART or mBART"
-        ) from None
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise InputError(
-            f"{name!r} takes {limit} tokens at most, not {max_length}: lower --max_source_length "
-            "and --max_target_length"
-        )
+    model, tokenizer = load_pretrained(
+        args,
+        AutoModelForSeq2SeqLM,
+        "sequence-to-sequence head: choose a translation model, as Marian, T5, BART or mBART",
+        max_length,
+        "--max_source_length and --max_target_length",
+    )
     for setting, language in zip(("src_lang", "tgt_lang"), languages, strict=True):
         if hasattr(tokenizer, "lang_code_to_id"):
             setattr(tokenizer, setting, language)
-    return (model if args.lora_rank is None else _with_adapters(model, args)), tokenizer
-
-
-def _with_adapters(model: PreTrainedModel, args: ModelArguments) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InputError("--lora_rank needs peft: pip install 'hf-fngd[peft]'") from None
-    try:
-        config = peft.LoraConfig(
-            task_type=peft.TaskType.SEQ_2_SEQ_LM,
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha or 2 * args.lora_rank,
-            target_modules="all-linear",
-        )
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"--lora_rank {args.lora_rank}: {error}") from None
+    return with_adapters(model, args, "SEQ_2_SEQ_LM"), tokenizer
 
 
 def train_tokenizer(

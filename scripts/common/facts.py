@@ -1,0 +1,185 @@
+"""What is known of a run: its task, settings, environment and optimizer, and its card's facts."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments
+
+import hf_fngd
+from common.source import describe
+from hf_fngd.hf.callback import unwrap_optimizer
+from hf_fngd.hf.card_text import CardFacts
+from hf_fngd.selection import layer_table
+
+ONE_RUN = "The scores are those of one run with one seed."
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a script trains for: metrics of its test set, and what its models cannot do."""
+
+    name: str
+    metrics: tuple[str, ...]
+    limits: tuple[str, ...]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "translation",
+            ("bleu", "chrf"),
+            (ONE_RUN, "The model knows the kind of sentence it was trained on and little else."),
+        ),
+        Task(
+            "image-classification",
+            ("accuracy",),
+            (ONE_RUN, "The model knows the kind of image it was trained on and little else."),
+        ),
+        Task(
+            "summarization",
+            ("rouge1", "rouge2", "rougeL"),
+            (ONE_RUN, "ROUGE counts words in common; it does not see what is untrue."),
+        ),
+        Task(
+            "text-generation",
+            ("perplexity",),
+            (ONE_RUN, "Perplexities compare only between models with the same tokenizer."),
+        ),
+    )
+}
+# A data argument that only this task's script has; without one it is image classification.
+MARKS = {
+    "source_lang": "translation",
+    "summary_column": "summarization",
+    "text_column": "text-generation",
+}
+
+
+def environment(*more: ModuleType) -> dict[str, Any]:
+    """Describes where and how the run was made.
+
+    Args:
+        *more: Modules whose version matters, beside the usual ones.
+
+    Returns:
+        Command, versions and device.
+    """
+    modules = (hf_fngd, torch, transformers, accelerate, datasets, *more)
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in modules},
+        },
+        "device": device,
+    }
+
+
+def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[str, Any]:
+    """Gathers what the run was set to.
+
+    Args:
+        model_args: Dataclass of model arguments.
+        data_args: Dataclass of data arguments.
+        args: Training arguments.
+
+    Returns:
+        Builtins.
+    """
+    chosen = (
+        "optim",
+        "optim_args",
+        "optim_target_modules",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "label_smoothing_factor",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "bf16",
+        "fp16",
+        "seed",
+    )
+    training = {name: getattr(args, name) for name in chosen}
+    plain = {name: getattr(value, "value", value) for name, value in training.items()}
+    return {"model": asdict(model_args), "data": asdict(data_args), "training": plain}
+
+
+def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
+    """Describes an optimizer of hf_fngd.
+
+    Args:
+        trainer: A Trainer.
+
+    Returns:
+        Method, settings and layers under `optimizer`; nothing for any other optimizer.
+    """
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    if optimizer is None:
+        return {}
+    facts = {"method": optimizer.method, "config": optimizer.config.to_dict()}
+    return {"optimizer": {**facts, "layers": optimizer.selection.rows()}}
+
+
+def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
+    """Gathers what the model card says from the numbers of a run alone.
+
+    Args:
+        found: Content of metrics.json.
+        folder: Folder of the model, which names it.
+
+    Returns:
+        Facts.
+    """
+    data, training = found["settings"]["data"], found["settings"]["training"]
+    named = (task for mark, task in MARKS.items() if mark in data)
+    task = TASKS[next(named, "image-classification")]
+    optimizer = found.get("optimizer")
+    test = found.get("test", {})
+    scores = {name: test.get(name, test.get(f"test_{name}")) for name in task.metrics}
+    places = SimpleNamespace(**data)
+    return CardFacts(
+        model_name=folder.resolve().name,
+        task=task.name,
+        languages=[data[key] for key in ("source_lang", "target_lang") if key in data],
+        dataset=describe(places, "train"),
+        test_dataset=describe(places, "test"),
+        dataset_id=data.get("dataset_id") or data["dataset_name"],
+        dataset_config=data["dataset_config_name"],
+        base_model=found["settings"]["model"]["model_name_or_path"],
+        optimizer=str(training["optim"]),
+        settings=optimizer["config"] if optimizer else training,
+        layers=layer_table(optimizer["layers"]) if optimizer else "",
+        seed=training["seed"],
+        curves="curves.png" if found["history"] else None,
+        coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,
+        metrics={name: value for name, value in scores.items() if value is not None},
+        signatures={n: test[f"{n}_signature"] for n in scores if f"{n}_signature" in test},
+        limits=list(task.limits),
+        custom_code=found.get("custom_code", False),
+        **found["environment"],
+    )

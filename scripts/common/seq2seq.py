@@ -1,0 +1,195 @@
+"""Training of sequence-to-sequence models, scored by the texts that they generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import SequentialSampler
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+from common import report
+from common.training import TrainingClock, is_ours
+from hf_fngd import FNGDSeq2SeqTrainer
+from hf_fngd.hf.card import CardMixin
+from hf_fngd.hf.hub import HubMixin
+from hf_fngd.hf.loss_scale import LossScaleMixin
+
+SHOWN = 10
+
+
+class InOrderMixin(Seq2SeqTrainer):
+    """Evaluates in the order of the data, also under group_by_length: references have no ids."""
+
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> SequentialSampler | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+class FNGDWriter(InOrderMixin, CardMixin, HubMixin, FNGDSeq2SeqTrainer):
+    """The Trainer for `--optim fngd…`."""
+
+
+class BaselineWriter(InOrderMixin, CardMixin, HubMixin, LossScaleMixin, Seq2SeqTrainer):
+    """The Trainer for every other optimizer, with the same correction of the loss scale."""
+
+
+class ComputeMetrics:
+    """What the Trainer calls with generated tokens; keeps the last texts.
+
+    The references are the texts as they stand in the data: decoding the labels would lose what the
+    vocabulary cannot write.
+
+    Args:
+        tokenizer: The tokenizer.
+        score: Gives the metrics of texts and their references; what is no number is left out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        score: Callable[[Sequence[str], Sequence[str]], dict[str, Any]],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.score = score
+        self.references: Sequence[str] = []
+        self.predictions: list[str] = []
+        self._labels: list[list[int]] = []
+
+    def expect(self, references: Sequence[str], labels: Sequence[list[int]]) -> None:
+        """Says what the next evaluations score, since the Trainer does not.
+
+        Args:
+            references: Reference texts, in the order of the data.
+            labels: Their tokens.
+        """
+        self.references = references
+        self._labels = [self._without_padding(np.asarray(row)) for row in labels]
+
+    def _without_padding(self, row: np.ndarray) -> list[int]:
+        return row[(row != -100) & (row != self.tokenizer.pad_token_id)].tolist()
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Scores one evaluation.
+
+        Args:
+            prediction: Generated tokens, and the labels.
+
+        Returns:
+            The metrics.
+
+        Raises:
+            RuntimeError: If the rows come in another order than the references.
+        """
+        tokens, labels = prediction.predictions, np.asarray(prediction.label_ids)
+        if [self._without_padding(row) for row in labels] != self._labels:
+            raise RuntimeError("the Trainer evaluates in another order than that of the data")
+        self.predictions = decode(
+            self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens
+        )
+        scores = self.score(self.predictions, self.references)
+        return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
+    """Turns token ids into text.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Token ids `[rows, length]`; -100 stands for padding.
+
+    Returns:
+        A text for each row.
+    """
+    ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def tokenize(
+    pairs: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
+) -> datasets.Dataset:
+    """Turns pairs of texts into model inputs.
+
+    Args:
+        pairs: Columns `source` and `target`.
+        tokenizer: The tokenizer.
+        args: Length limits and prefix.
+
+    Returns:
+        Columns `input_ids`, `attention_mask` and `labels`.
+    """
+
+    def encode(rows: dict[str, list[str]]) -> Any:
+        sources = [args.source_prefix + text for text in rows["source"]]
+        inputs = tokenizer(sources, max_length=args.max_source_length, truncation=True)
+        inputs["labels"] = tokenizer(
+            text_target=rows["target"], max_length=args.max_target_length, truncation=True
+        )["input_ids"]
+        return inputs
+
+    return pairs.map(encode, batched=True, remove_columns=pairs.column_names)
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    args: Seq2SeqTrainingArguments,
+    max_target_length: int,
+    tokens: dict[str, datasets.Dataset],
+    metrics: ComputeMetrics,
+) -> Seq2SeqTrainer:
+    """Makes the Trainer that the optimizer needs.
+
+    Args:
+        model: The model.
+        args: Training arguments.
+        max_target_length: Longest text that is generated, unless the arguments name another.
+        tokens: What `tokenize` made of each split.
+        metrics: What scores an evaluation.
+
+    Returns:
+        The Trainer, with a clock.
+    """
+    args.predict_with_generate = True
+    args.generation_max_length = args.generation_max_length or max_target_length
+    kind = FNGDWriter if is_ours(args.optim) else BaselineWriter
+    return kind(
+        model=model,
+        args=args,
+        train_dataset=tokens.get("train"),
+        eval_dataset=tokens.get("validation"),
+        data_collator=DataCollatorForSeq2Seq(
+            metrics.tokenizer, model=model, pad_to_multiple_of=None
+        ),
+        processing_class=metrics.tokenizer,
+        compute_metrics=metrics,
+        callbacks=[TrainingClock()],
+    )
+
+
+def write_predictions(folder: Path, pairs: datasets.Dataset, predictions: Sequence[str]) -> Path:
+    """Writes predictions.jsonl, and prints the first rows.
+
+    Args:
+        folder: Output folder.
+        pairs: Columns `source` and `target` of the test set.
+        predictions: What was generated for them.
+
+    Returns:
+        The file.
+    """
+    rows = list(zip(pairs["source"], pairs["target"], predictions, strict=True))
+    names = ("source", "reference", "prediction")
+    path = folder / "predictions.jsonl"
+    report.write_rows(path, (dict(zip(names, row, strict=True)) for row in rows))
+    for source, reference, prediction in rows[:SHOWN]:
+        print(f"\n  {source}\n  = {reference}\n  > {prediction}")
+    return path

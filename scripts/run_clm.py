@@ -1,0 +1,97 @@
+r"""Trains a causal language model, with FNGD or any other optimizer of the Hugging Face Trainer.
+
+    python scripts/run_clm.py --train_file train.txt --validation_file validation.txt \
+        --test_file test.txt --output_dir runs/language --do_train --do_eval --do_predict \
+        --optim fngd --optim_args "damping=0.1,update_scale=rms" --learning_rate 3e-3
+
+    python scripts/run_clm.py settings.json     # the same arguments as JSON
+
+Without --model_name_or_path a small GPT-2 is trained from scratch. Every text is a row of its own,
+cut at --max_length tokens: FNGD's coefficients belong to rows. The output folder gets the model,
+metrics.json (perplexity), pictures and a model card.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from common import report
+from common.arguments import InputError, exit_code, parse, quieten
+from common.facts import TASKS, settings
+from common.source import load_columns
+from common.training import TrainingClock, is_ours, push, train
+from language.data import DataArguments, tokenize
+from language.model import ModelArguments, load_model
+from language.perplexity import compute_metrics, surprise
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+from hf_fngd import FNGDTrainer
+from hf_fngd.hf.card import CardMixin
+from hf_fngd.hf.hub import HubMixin
+from hf_fngd.hf.loss_scale import LossScaleMixin
+
+METRICS = TASKS["text-generation"].metrics
+
+
+class FNGDLanguageTrainer(CardMixin, HubMixin, FNGDTrainer):
+    """The Trainer for the optimizers of hf_fngd."""
+
+
+class BaselineLanguageTrainer(CardMixin, HubMixin, LossScaleMixin, Trainer):
+    """The Trainer for every other optimizer, with the same correction of the loss scale."""
+
+
+def main() -> None:
+    """Trains, measures and reports.
+
+    Raises:
+        InputError: If the data cannot be used.
+    """
+    model_args, data_args, args = parse((ModelArguments, DataArguments, TrainingArguments), __doc__)
+    quieten(args)
+    set_seed(args.seed)
+    texts = load_columns(data_args, {"text": data_args.text_column})
+    if args.do_train and "train" not in texts:
+        raise InputError("--do_train needs training texts: give --train_file")
+    known = texts.get("train") or next(iter(texts.values()))
+    model, tokenizer = load_model(model_args, known["text"], data_args.max_length)
+    tokens = {s: tokenize(rows, tokenizer, data_args.max_length) for s, rows in texts.items()}
+    kind = FNGDLanguageTrainer if is_ours(args.optim) else BaselineLanguageTrainer
+    trainer = kind(
+        model=model,
+        args=args,
+        train_dataset=tokens.get("train"),
+        eval_dataset=tokens.get("validation"),
+        # It pads labels by -100, also where a text's end is the padding token.
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        preprocess_logits_for_metrics=surprise,
+        compute_metrics=compute_metrics,
+        callbacks=[TrainingClock()],
+    )
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
+    if args.do_train:
+        found |= train(trainer)
+    if args.do_eval and "validation" in tokens:
+        found["validation"] = trainer.evaluate()
+    if args.do_predict and "test" in tokens:
+        found["test"] = trainer.predict(tokens["test"], metric_key_prefix="test").metrics
+    if trainer.is_world_process_zero():
+        written = report.write_run(trainer, found, data_args, "perplexity", "cross-entropy a token")
+        report.finish(trainer, found, written, METRICS)
+    if args.push_to_hub and args.do_train:
+        push(trainer)
+
+
+def cli() -> int:
+    """Runs the job; what the user can mend ends it with one line on stderr.
+
+    Returns:
+        Exit code.
+    """
+    return exit_code("run_clm", main)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,99 @@
+r"""Fine-tunes a summarization model, with FNGD or any other optimizer of the Hugging Face Trainer.
+
+    python scripts/run_summarization.py --model_name_or_path google-t5/t5-small \
+        --source_prefix "summarize: " --train_file train.jsonl --test_file test.jsonl \
+        --output_dir runs/summaries --do_train --do_predict --optim fngd \
+        --optim_args "damping=0.1,update_scale=rms" --learning_rate 1e-4
+
+    python scripts/run_summarization.py settings.json     # the same arguments as JSON
+
+A row of a file is {"text": "...", "summary": "..."}. The output folder gets the model,
+metrics.json (ROUGE), predictions.jsonl, pictures and a model card. Needs rouge_score.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import report
+from common.arguments import InputError, exit_code, parse, quieten
+from common.facts import settings
+from common.pretrained import PretrainedArguments, load_pretrained, with_adapters
+from common.seq2seq import ComputeMetrics, make_trainer, tokenize, write_predictions
+from common.training import push, train
+from summarization.data import DataArguments, load_pairs
+from summarization.metrics import METRICS, score
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments, set_seed
+
+
+@dataclass
+class ModelArguments(PretrainedArguments):
+    """A pretrained model, and how it writes."""
+
+    num_beams: int = field(default=4, metadata={"help": "Beams of the final summaries."})
+
+
+def main() -> None:
+    """Trains, summarizes and reports.
+
+    Raises:
+        InputError: If the data or the model cannot be used.
+    """
+    model_args, data_args, args = parse(
+        (ModelArguments, DataArguments, Seq2SeqTrainingArguments), __doc__
+    )
+    quieten(args)
+    set_seed(args.seed)
+    score([], [])  # Without rouge_score it ends here, and not after the training.
+    pairs = load_pairs(data_args)
+    if args.do_train and "train" not in pairs:
+        raise InputError("--do_train needs training rows: give --train_file")
+    if model_args.model_name_or_path is None:
+        raise InputError("summaries need a trained model: give --model_name_or_path")
+    model, tokenizer = load_pretrained(
+        model_args,
+        AutoModelForSeq2SeqLM,
+        "sequence-to-sequence head: choose a model as T5, BART or Pegasus",
+        max(data_args.max_source_length, data_args.max_target_length),
+        "--max_source_length and --max_target_length",
+    )
+    model = with_adapters(model, model_args, "SEQ_2_SEQ_LM")
+    tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
+    metrics = ComputeMetrics(tokenizer, score)
+    if "validation" in pairs:
+        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
+    trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
+    if args.do_train:
+        found |= train(trainer)
+    if args.do_eval and "validation" in tokens:
+        found["validation"] = trainer.evaluate(num_beams=model_args.num_beams)
+    if args.do_predict and "test" in tokens:
+        metrics.expect(pairs["test"]["target"], tokens["test"]["labels"])
+        found["test"] = trainer.predict(
+            tokens["test"], metric_key_prefix="test", num_beams=model_args.num_beams
+        ).metrics
+    if trainer.is_world_process_zero():
+        written = report.write_run(trainer, found, data_args, "rougeL", "cross-entropy a token")
+        if "test" in found:
+            folder = Path(args.output_dir)
+            written.append(write_predictions(folder, pairs["test"], metrics.predictions))
+        report.finish(trainer, found, written, METRICS)
+    if args.push_to_hub and args.do_train:
+        push(trainer)
+
+
+def cli() -> int:
+    """Runs the job; what the user can mend ends it with one line on stderr.
+
+    Returns:
+        Exit code.
+    """
+    return exit_code("run_summarization", main)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,1 @@
+"""The rooms of run_summarization.py: arguments and data, metric."""

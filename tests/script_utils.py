@@ -1,0 +1,51 @@
+"""Runs the training scripts in this process, to spare a start of Python for each."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from tests.test_runner import ROOT
+
+
+@contextlib.contextmanager
+def script(path: Path) -> Iterator[ModuleType]:
+    """The script as a module, with its own folder first on the path."""
+    spec = importlib.util.spec_from_file_location(f"tests.script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # So that dataclasses find the module of their annotations.
+    sys.modules[spec.name] = module
+    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+        spec.loader.exec_module(module)
+        yield module
+
+
+def run_script(name: str, *words: Any, folder: Path = ROOT) -> int:
+    """Calls `cli()` of scripts/NAME.py as `python scripts/NAME.py WORDS` in a folder would."""
+    words = tuple(map(str, words))
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        with (
+            script(ROOT / "scripts" / f"{name}.py") as module,
+            mock.patch.object(sys, "argv", [f"scripts/{name}.py", *words]),
+        ):
+            return module.cli()
+    finally:
+        os.chdir(before)
+
+
+def flat(settings: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line; None and False are left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
