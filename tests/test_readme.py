@@ -1,4 +1,4 @@
-"""The front page agrees with the code and with the committed results, and its example runs."""
+"""The front page agrees with the code and with the committed results."""
 
 import importlib.util
 import json
@@ -33,15 +33,6 @@ def test_table_of_what_works_names_tests_that_exist():
     for _, _, file, test in rows:
         source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
         assert re.search(rf"^def {test}\(", source, re.M)
-
-
-def test_plain_loop_runs_and_learns():
-    code = re.search(r"<!-- plain loop -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
-    scope = {}
-    exec(compile(code, "README.md", "exec"), scope)
-    model, inputs, targets = scope["model"], scope["inputs"], scope["targets"]
-    error = (model(inputs) - targets).square().mean()
-    assert error < 0.8 * targets.square().mean()
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

@@ -1,0 +1,247 @@
+"""Every command of README.md runs, on tiny data and models, or is run by a test named here."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+
+from hf_fngd import __main__ as runner
+from hf_fngd import gram
+from tests.hf_utils import tiny_marian
+from tests.script_utils import flat, script
+from tests.test_explain import config_of
+from tests.test_run_summarization import rows, tiny_t5
+from tests.test_runner import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+SCRIPTS = ROOT / "scripts"
+PROGRAMS = ("python", "torchrun", "accelerate", "make", "hf")
+
+# Commands that start more than this test can, and where they run.
+COVERED = {
+    "make env": "Makefile::$(STAMP)",
+    "make test": "Makefile::test",
+    "make test-fast": "Makefile::test-fast",
+    "make lint": "Makefile::lint",
+    "torchrun --nproc_per_node 2 -m hf_fngd run_translation.py --optim fngd ...": (
+        "tests/test_ddp.py::test_ranks_agree"
+    ),
+    "accelerate launch -m hf_fngd run_translation.py --optim fngd ...": (
+        "tests/test_ddp.py::test_accelerate_launch"
+    ),
+    "accelerate launch": "tests/test_ddp.py::test_accelerate_launch",
+    "hf auth login": "tests/test_hub.py::client",
+    "hf upload you/name runs/first . --exclude '_*' --exclude 'checkpoint-*'": (
+        "tests/test_hub.py::again"
+    ),
+}
+
+# What makes a command of a script small; it comes last and so wins.
+TINY = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "max_train_samples": 16,
+    "max_eval_samples": 4,
+    "max_predict_samples": 4,
+    "logging_steps": 1,
+    "warmup_steps": 1,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": "true",
+}
+NET = {"d_model": 16, "ffn_dim": 16, "layers": 1}
+LENGTHS = {"max_source_length": 16, "max_target_length": 16, "num_beams": 1}
+HEADS = {"attention_heads": 2}
+BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "output": "b.json"}
+SHRINK = {
+    "run_translation": {**TINY, **NET, **HEADS, **LENGTHS, "vocab_size": 200},
+    "run_image_classification": {**TINY, "width": 4, "validation_rows": 10},
+    "run_clm": {**TINY, **HEADS, "d_model": 16, "layers": 1, "vocab_size": 300, "max_length": 16},
+    "run_summarization": {**TINY, **LENGTHS, "max_source_length": 48},
+    "compare_optimizers": {"stage": "report"},
+    "write_card": {},
+    "methods": {**BENCH, "width": 4, "rounds": 1, "memory_repeats": 0},
+    "step_time": {**BENCH, "repeats": 2, "warmup": 1},
+    # One of the processes that it starts.
+    "memory": {**BENCH, "steps": 1, "variant": "fngd first epoch"},
+    "gram_routes": {"samples": 3, "positions": 4, "d_in": 5, "d_out": 6, "threads": 1,
+                    "repeats": 2, "output": "b.json"},
+}  # fmt: skip
+
+
+def commands(text):
+    """Commands of bash blocks, of indented blocks and of inline code."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    blocks += re.findall(r"^ {4}(\S.*)$", rest, re.M) + re.findall(r"`([^`]+)`", rest)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith(PROGRAMS)]
+    found = [shlex.join(one) for one in words if one[0] in PROGRAMS and len(one) > 1]
+    return list(dict.fromkeys(found))
+
+
+COMMANDS = commands(README)
+
+
+def test_commands_are_found_wherever_they_stand():
+    text = """Say `make demo` or `--optim x`, `python -m a.b c`.
+
+    hf upload a .
+    python = 3
+
+```bash
+make test   # all
+python a.py \\
+    --b 'c d' > e
+```
+
+```python
+make = nothing
+```
+"""
+    expected = ["make test", "python a.py --b 'c d' '>' e", "hf upload a .", "python = 3"]
+    assert commands(text) == [*expected, "make demo", "python -m a.b c"]
+
+
+def test_table_of_covered_commands_is_true():
+    assert COVERED.keys() <= set(COMMANDS), "README has lost one of these"
+    for where in COVERED.values():
+        path, name = where.split("::")
+        mark = f"def {name}(" if path.endswith(".py") else f"\n{name}:"
+        assert mark in (ROOT / path).read_text(encoding="utf-8"), where
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder in which the files, data and models that README speaks of exist, all tiny."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "scripts").symlink_to(SCRIPTS)
+    lines = (SCRIPTS / "data/tatoeba/train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    (folder / "data/multi30k").mkdir(parents=True)
+    for name in ("train", "validation", "test_2016_flickr"):
+        packed = gzip.compress("\n".join(lines).encode())
+        (folder / f"data/multi30k/{name}.en-de.jsonl.gz").write_bytes(packed)
+    texts = [json.loads(line)["translation"]["en"] for line in lines]
+    for name in ("train.txt", "test.txt"):
+        (folder / name).write_text("\n".join(texts), encoding="utf-8")
+    for name in ("articles.jsonl", "articles_test.jsonl"):
+        text = rows(20).replace("article", "text").replace("highlights", "summary")
+        (folder / name).write_text(text)
+    tiny_t5(folder / "google-t5/t5-small")
+    config_of(tiny_marian(max_position_embeddings=64), folder / "Helsinki-NLP/opus-mt-en-de")
+    with script(SCRIPTS / "run_clm.py") as clm:
+        shape = clm.ModelArguments(vocab_size=300, d_model=16, layers=1, attention_heads=2)
+        for part in clm.load_model(shape, texts, 16):
+            part.save_pretrained(folder / "openai-community/gpt2")
+    for name in ("FOLDER", "runs/first", "runs/second"):
+        shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
+    for name in ("compare_cifar10", "compare_multi30k"):
+        shutil.copytree(SCRIPTS / "bench/results" / name, folder / "runs" / name)
+    return folder
+
+
+def call(words, function, monkeypatch):
+    """Runs a command's `main` in this process, and gives its exit code."""
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        return function() or 0
+    except SystemExit as end:
+        return end.code or 0
+
+
+def run_script(path, words, monkeypatch):
+    name = path.removesuffix(".py").rsplit("/", 1)[-1]
+    if words == ["--help"]:
+        more = []
+    elif len(words) == 1 and words[0].endswith(".json"):
+        settings = json.loads((ROOT / words[0]).read_text()) | SHRINK[name]
+        settings |= {"disable_tqdm": True, "eval_on_start": False}
+        with open("settings.json", "w") as file:
+            json.dump(settings, file)
+        words, more = ["settings.json"], []
+    else:
+        more = flat(SHRINK[name])
+        if name == "compare_optimizers":
+            plan = words[0].removesuffix(".json").rsplit("/", 1)[-1]
+            more += ["--results", f"runs/compare_{plan}"]
+    with script(ROOT / path) as module:
+        function = getattr(module, "cli", None)
+        if function is None:
+            function = module.main if name != "write_card" else lambda: module.main(words)
+        return call([path, *words, *more], function, monkeypatch)
+
+
+def run_module(words, folder, monkeypatch):
+    """`python -m hf_fngd`, with a script of transformers' kind where `...` stands for its rest."""
+    if words[-1] == "...":
+        (folder / words[0]).symlink_to(ROOT / "tests/stock_script.py")
+        (folder / "stock").mkdir()
+        rest = ["--output_dir", "stock", "--use_cpu", "--report_to", "none", "--max_steps", "2"]
+        words = [*words[:-1], *rest]
+    return call(["hf_fngd", *words], runner.main, monkeypatch)
+
+
+def run(command, folder, monkeypatch):
+    words = shlex.split(command)
+    if words[0] == "make":
+        (recipe,) = re.findall(rf"^{words[1]}:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)
+        lines = re.findall(r"^\t\$\(BIN\)/(python .*)$", recipe, re.M)
+        assert lines and len(lines) == recipe.count("\n"), recipe
+        return max(run(line, folder, monkeypatch) for line in lines)
+    program, first, *words = [word for word in words if word != ">"]
+    assert program == "python", f"neither run nor covered: {command}"
+    if first == "-m":
+        assert words.pop(0) == "hf_fngd"
+        words = [word for word in words if word != "compare.md"]
+        return run_module(words, folder, monkeypatch)
+    return run_script(first, words, monkeypatch)
+
+
+# What a command must have left in the folder that it ran in, beside exit code 0.
+LEFT = {
+    "make demo": ["runs/demo/README.md", "runs/demo/predictions.jsonl", "runs/demo/curves.png"],
+    "make bench": ["b.json"],
+    "run_translation.py --optim": ["stock/done0.json"],
+    "scripts/multi30k.json": ["runs/multi30k-marian-small-fngd/coefficients.png"],
+    "fashion_smoke.json": ["runs/fashion-smoke/metrics.json"],
+    "runs/german": ["runs/german/model.safetensors", "runs/german/coefficients.png"],
+    "runs/lora": ["runs/lora/adapter_model.safetensors", "runs/lora/README.md"],
+    "runs/summaries": ["runs/summaries/predictions.jsonl"],
+    "hf_fngd compare": ["compare.png"],
+    "plans/cifar10.json": ["runs/compare_cifar10/table.md", "runs/compare_cifar10/curves.png"],
+    "plans/multi30k.json": ["runs/compare_multi30k/table.md"],
+    "methods_": ["b.json"],
+    "write_card": ["FOLDER/README.md"],
+}
+
+
+# peft's own, and that of a short training.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:fan_in_fan_out")
+@pytest.mark.parametrize(
+    "command", [one for one in COMMANDS if one not in COVERED], ids=lambda one: one[:60]
+)
+def test_command_runs(command, world, monkeypatch, capsys):
+    expected = [file for part, files in LEFT.items() if part in command for file in files]
+    for file in expected:
+        (world / file).unlink(missing_ok=True)
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(gram, "_CPU_BLOCK_BYTES", gram._CPU_BLOCK_BYTES)
+    assert run(command, world, monkeypatch) == 0, capsys.readouterr().err
+    assert expected or capsys.readouterr().out, "a command that leaves nothing says something"
+    assert [file for file in expected if not os.path.exists(file)] == []
+
+
+@pytest.mark.parametrize(
+    "command", ["python scripts/no.py x", "make nothing", "accelerate launch b"]
+)
+def test_command_that_is_neither_run_nor_covered_fails(command, world, monkeypatch):
+    with pytest.raises((AssertionError, ValueError, KeyError)):
+        run(command, world, monkeypatch)

@@ -1,0 +1,131 @@
+"""Examples of README.md run and do what they say, and its advice is that of the result files."""
+
+import json
+import re
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+import hf_fngd
+from hf_fngd.hf.callback import unwrap_fngd
+from tests import helpers
+from tests.hf_utils import arguments, pad_collator, tiny_marian, token_pairs
+from tests.test_runner import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "scripts" / "bench" / "results"
+
+
+def of_the_trainer(tmp_path, monkeypatch):
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
+    return {"model": tiny_marian(), "args": args, "train_dataset": token_pairs(30)} | {
+        "collator": pad_collator
+    }
+
+
+def of_the_plain_loop(tmp_path, monkeypatch):
+    return {}
+
+
+def of_accelerate(tmp_path, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    inputs = torch.randn(64, 8)
+    targets = inputs.sum(1, keepdim=True)
+    data = torch.utils.data.TensorDataset(torch.arange(64), inputs, targets)
+    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
+    known = {"create_fngd_optimizer": hf_fngd.create_fngd_optimizer, "torch": torch}
+    # Its state is that of the process: other tests must find their own.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    return {**known, "model": model, "loader": loader, "accelerator": Accelerator(cpu=True)} | {
+        "all": (inputs, targets)
+    }
+
+
+def of_peft(tmp_path, monkeypatch):
+    texts = token_pairs(30).remove_columns("labels")
+    texts = texts.map(lambda row: {"input_ids": [i % 24 for i in row["input_ids"]]})
+    texts = texts.map(lambda row: {"labels": row["input_ids"]})
+
+    def collator(rows):
+        batch = pad_collator(rows)
+        return {**batch, "input_ids": batch["input_ids"] * batch["attention_mask"]}
+
+    known = {"FNGDTrainer": hf_fngd.FNGDTrainer, "FNGDConfig": hf_fngd.FNGDConfig}
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
+    args.label_names = ["labels"]
+    model = helpers.tiny_llama()
+    return {**known, "model": model, "args": args, "train_dataset": texts, "collator": collator}
+
+
+def of_another_method(tmp_path, monkeypatch):
+    create = hf_fngd.create_preconditioned_optimizer
+    return {"create_preconditioned_optimizer": create, "model": torch.nn.Linear(2, 2)}
+
+
+def error(scope):
+    inputs, targets = scope.get("all") or (scope["inputs"], scope["targets"])
+    return (scope["model"](inputs) - targets).square().mean() / targets.square().mean()
+
+
+def reused(scope):
+    history = scope["trainer"].state.log_history
+    return {entry["fngd/reuse_rate"] for entry in history if "fngd/reuse_rate" in entry}
+
+
+# A line of every python block of the page, what it is run with, and what holds afterwards.
+EXAMPLES = {
+    "trainer = FNGDSeq2SeqTrainer(": (of_the_trainer, lambda scope: reused(scope) == {1.0}),
+    "for rows in torch.randperm(64)": (of_the_plain_loop, lambda scope: error(scope) < 0.8),
+    "accelerator.backward(": (
+        of_accelerate,
+        lambda scope: error(scope) < 0.8 and scope["fngd"].coefficients.store.known.sum() == 64,
+    ),
+    "get_peft_model(": (
+        of_peft,
+        lambda scope: (
+            reused(scope) == {1.0}
+            and all(".lora_" in p for p in unwrap_fngd(scope["trainer"].optimizer).selection.chosen)
+        ),
+    ),
+    'method="kfac"': (of_another_method, lambda scope: scope["optimizer"].method == "kfac"),
+}
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft's own
+@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.splitlines()[0][:40])
+def test_every_example_runs_and_does_what_it_says(code, tmp_path, monkeypatch):
+    ((prepare, holds),) = [found for line, found in EXAMPLES.items() if line in code]
+    scope = prepare(tmp_path, monkeypatch)
+    exec(compile(code, "README.md", "exec"), scope)
+    assert holds(scope)
+
+
+def test_caption_of_the_first_picture_is_so():
+    assert "FNGD (red) comes last here, and Muon\n(green) first" in README
+    means = {}
+    for folder in (RESULTS / "compare_cifar10" / "runs").iterdir():
+        found = [json.loads(path.read_text())["test"] for path in folder.glob("final-*.json")]
+        means[folder.name] = sum(test["test_accuracy"] for test in found) / len(found)
+    assert min(means, key=means.get) == "fngd" and max(means, key=means.get) == "muon"
+
+
+def test_what_is_said_of_damping_and_learning_rate_is_so():
+    found = []
+    for name in ("cifar10", "multi30k"):
+        text = (RESULTS / f"compare_{name}" / "table.md").read_text(encoding="utf-8")
+        (row,) = re.findall(r"^\| fngd +\| ([\d.]+) .*?damping=([\d.]+)", text, re.M)
+        found.append([round(float(value), 1) for value in row])
+    (rates, dampings) = zip(*found, strict=True)
+    assert f"found at {rates[0]} (ResNet) and\n   {rates[1]} (Transformer)" in README
+    assert f"the best had {dampings[0]} and {dampings[1]}" in README
+    trials = (RESULTS / "compare_cifar10" / "search.md").read_text(encoding="utf-8")
+    (trials,) = re.findall(r"## fngd\n(.*?)##", trials, re.DOTALL)
+    scores = re.findall(r"^\| search-\d+ \| ([\d.]+) +\| [\d.]+ +\| \**([\d.]+)", trials, re.M)
+    small, large = (
+        [float(s) for d, s in scores if (float(d) < 0.5) is low] for low in (True, False)
+    )
+    assert len(scores) == 8 and max(small) < 0.7 * min(large)
