@@ -1,6 +1,8 @@
-"""The `fngd/...` series reach `trainer_state.json` and TensorBoard."""
+"""The `fngd/...` series reach `trainer_state.json`, TensorBoard and trackio."""
 
+import contextlib
 import json
+import sqlite3
 
 import pytest
 from transformers import Seq2SeqTrainer
@@ -66,3 +68,21 @@ def test_clipping_is_not_reported_where_it_does_not_happen(tmp_path):
     trainer.train()
     training = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert {entry["fngd/clipped"] for entry in training} == {0.0}
+
+
+def test_series_in_trackio_without_a_network(tmp_path, monkeypatch):
+    # Read when trackio is imported, which only this test does.
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    changes = {"report_to": ["trackio"], "project": "fngd-logs", "run_name": "one"}
+    trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(tmp_path, num_train_epochs=2, **changes))
+    trainer.train()
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "fngd-logs.db")) as database:
+        rows = database.execute("SELECT metrics FROM metrics WHERE run_name = 'one'").fetchall()
+    written = {}
+    for row in (json.loads(text) for (text,) in rows):
+        # The last step is written twice: as a step, and with the totals of the run.
+        written.setdefault(row["train/global_step"], {}).update(row)
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        series = {name: value for name, value in entry.items() if name.startswith("fngd/")}
+        found = {name: written[entry["step"]][f"train/{name}"] for name in series}
+        assert series.keys() >= EXPECTED and found == pytest.approx(series)
