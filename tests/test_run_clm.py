@@ -116,6 +116,10 @@ def test_adapters_of_what_it_saved_on_plain_text(files):
     # Empty lines are no texts.
     assert {g["count"] % 8 for g in found["optimizer"]["coefficients"].values()} == {0}
     assert json.loads((files / "second" / "adapter_config.json").read_text())["r"] == 2
+    assert "needs peft" in (files / "second" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(files / "second")
+    moved = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert moved and all(p.abs().sum() > 0 for p in moved)
 
 
 def test_baseline_has_no_picture_of_coefficients(files):

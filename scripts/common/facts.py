@@ -23,6 +23,7 @@ from hf_fngd.hf.card_text import CardFacts
 from hf_fngd.selection import layer_table
 
 ONE_RUN = "The scores are those of one run with one seed."
+ADAPTERS = "These are LoRA adapters: loading them needs peft and the model they were trained on."
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
     test = found.get("test", {})
     scores = {name: test.get(name, test.get(f"test_{name}")) for name in task.metrics}
     places = SimpleNamespace(**data)
+    model = found["settings"]["model"]
     return CardFacts(
         model_name=folder.resolve().name,
         task=task.name,
@@ -170,7 +172,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         test_dataset=describe(places, "test"),
         dataset_id=data.get("dataset_id") or data["dataset_name"],
         dataset_config=data["dataset_config_name"],
-        base_model=found["settings"]["model"]["model_name_or_path"],
+        base_model=model["model_name_or_path"],
         optimizer=str(training["optim"]),
         settings=optimizer["config"] if optimizer else training,
         layers=layer_table(optimizer["layers"]) if optimizer else "",
@@ -179,7 +181,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,
         metrics={name: value for name, value in scores.items() if value is not None},
         signatures={n: test[f"{n}_signature"] for n in scores if f"{n}_signature" in test},
-        limits=list(task.limits),
+        limits=[*task.limits, *([ADAPTERS] if model.get("lora_rank") else [])],
         custom_code=found.get("custom_code", False),
         **found["environment"],
     )
