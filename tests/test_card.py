@@ -114,6 +114,14 @@ def test_scores_name_the_data_they_are_of(tmp_path):
     assert {r.dataset_name for r in ModelCard(text).data.eval_results} == {"test.jsonl"}
 
 
+def test_scores_of_a_validation_set_are_not_those_of_a_test(tmp_path):
+    facts = replace(FACTS, dataset_id="someone/pairs", split="validation")
+    text = write_card(tmp_path, facts).read_text()
+    assert "On the validation set: Tatoeba sample." in text and "test set" not in text
+    assert {r.dataset_split for r in ModelCard(text).data.eval_results} == {"validation"}
+    assert not (tmp_path / ".eval_results").exists()
+
+
 def test_data_of_the_hub_are_named_and_get_their_eval_results(tmp_path):
     write_card(tmp_path, replace(FACTS, dataset_id=str(tmp_path)))
     assert not (tmp_path / ".eval_results").exists(), "a folder is no data set of the Hub"

@@ -126,10 +126,12 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     (folder / "scripts").symlink_to(SCRIPTS)
     lines = (SCRIPTS / "data/tatoeba/train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
-    (folder / "data/multi30k").mkdir(parents=True)
-    for name in ("train", "validation", "test_2016_flickr"):
+    for name in ("multi30k", "tatoeba"):
+        (folder / "data" / name).mkdir(parents=True)
+    of_multi30k = [f"multi30k/{part}.en-de" for part in ("train", "validation", "test_2016_flickr")]
+    for name in (*of_multi30k, "tatoeba/en-de", "tatoeba/validation.en-de"):
         packed = gzip.compress("\n".join(lines).encode())
-        (folder / f"data/multi30k/{name}.en-de.jsonl.gz").write_bytes(packed)
+        (folder / f"data/{name}.jsonl.gz").write_bytes(packed)
     texts = [json.loads(line)["translation"]["en"] for line in lines]
     for name in ("train.txt", "test.txt"):
         (folder / name).write_text("\n".join(texts), encoding="utf-8")
@@ -214,6 +216,7 @@ LEFT = {
     "make bench": ["b.json"],
     "run_translation.py --optim": ["stock/done0.json"],
     "scripts/multi30k.json": ["runs/multi30k-marian-small-fngd/coefficients.png"],
+    "scripts/tatoeba.json": ["runs/tatoeba-marian-small/README.md"],
     "fashion_smoke.json": ["runs/fashion-smoke/metrics.json"],
     "runs/german": ["runs/german/model.safetensors", "runs/german/coefficients.png"],
     "runs/lora": ["runs/lora/adapter_model.safetensors", "runs/lora/README.md"],

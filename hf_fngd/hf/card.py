@@ -43,6 +43,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
             task_type=facts.task,
             dataset_type=known or tested,
             dataset_name=tested,
+            dataset_split=facts.split,
             metric_type=name,
             metric_value=round(value, 4),
             metric_name=_METRIC_NAMES.get(name, name),
@@ -64,7 +65,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
 def write_card(folder: Path, facts: CardFacts) -> Path:
     """Writes README.md, or completes the one that is there, and the scores as `.eval_results`.
 
-    Scores of data that are not on the Hub are in the card alone.
+    Scores of data that are not on the Hub, or not of a test set, are in the card alone.
 
     Args:
         folder: Folder of the model.
@@ -82,7 +83,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         data = _complete(old.data, data)
         text = _insert(old.text, ours)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}").save(path)
-    if facts.dataset_id and is_hub_id(facts.dataset_id):
+    if facts.dataset_id and is_hub_id(facts.dataset_id) and facts.split == "test":
         notes = "; ".join(f"{name}: {text}" for name, text in facts.signatures.items())
         write_eval_results(folder, facts.dataset_id, facts.dataset_config, facts.metrics, notes)
     return path

@@ -70,6 +70,7 @@ class CardFacts:
         signatures: sacrebleu signatures by metric name.
         curves: File name of the plot, beside the card.
         coefficients: File name of the picture of FNGD's coefficients, beside the card.
+        split: Part of the data that the scores are from: test or validation.
         limits: Sentences on what the model cannot do.
         custom_code: Whether the model's class lies beside the model instead of in transformers.
     """
@@ -94,6 +95,7 @@ class CardFacts:
     signatures: dict[str, str] = field(default_factory=dict)
     curves: str | None = None
     coefficients: str | None = None
+    split: str = "test"
     limits: list[str] = field(default_factory=list)
     custom_code: bool = False
 
@@ -160,7 +162,12 @@ def _citation(method: str) -> str:
 
 def _results(facts: CardFacts) -> str:
     names = list(facts.metrics)
-    lines = ["## Results", "", f"On the test set: {facts.test_dataset or facts.dataset}.", ""]
+    lines = [
+        "## Results",
+        "",
+        f"On the {facts.split} set: {facts.test_dataset or facts.dataset}.",
+        "",
+    ]
     lines += ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     rows = {"this model": facts.metrics, **facts.baselines}
     for label, scores in rows.items():

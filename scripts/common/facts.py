@@ -160,8 +160,10 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
     named = (task for mark, task in MARKS.items() if mark in data)
     task = TASKS[next(named, "image-classification")]
     optimizer = found.get("optimizer")
-    test = found.get("test", {})
-    scores = {name: test.get(name, test.get(f"test_{name}")) for name in task.metrics}
+    split = next((name for name in ("test", "validation") if found.get(name)), "test")
+    tested = found.get(split, {})
+    prefix = "eval" if split == "validation" else "test"
+    scores = {name: tested.get(name, tested.get(f"{prefix}_{name}")) for name in task.metrics}
     places = SimpleNamespace(**data)
     model = found["settings"]["model"]
     return CardFacts(
@@ -169,7 +171,8 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         task=task.name,
         languages=[data[key] for key in ("source_lang", "target_lang") if key in data],
         dataset=describe(places, "train"),
-        test_dataset=describe(places, "test"),
+        test_dataset=describe(places, split),
+        split=split,
         dataset_id=data.get("dataset_id") or data["dataset_name"],
         dataset_config=data["dataset_config_name"],
         base_model=model["model_name_or_path"],
@@ -180,7 +183,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         curves="curves.png" if found["history"] else None,
         coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,
         metrics={name: value for name, value in scores.items() if value is not None},
-        signatures={n: test[f"{n}_signature"] for n in scores if f"{n}_signature" in test},
+        signatures={n: tested[f"{n}_signature"] for n in scores if f"{n}_signature" in tested},
         limits=[*task.limits, *([ADAPTERS] if model.get("lora_rank") else [])],
         custom_code=found.get("custom_code", False),
         **found["environment"],
