@@ -48,7 +48,7 @@ class FNGDState(BatchTracker[Batch]):
         super().__init__(names, "FNGD")
         self.config = config
         self.statistics = Statistics()
-        self.epoch = 0
+        self._enter(0)
         self.steps = 0
         self._unwritten: list[Batch] = []
         self.store: SampleStore | MeanStore | None = self._new_store()
@@ -62,10 +62,10 @@ class FNGDState(BatchTracker[Batch]):
             return SampleStore(len(self.names), dtype, config.num_samples)
         return MeanStore(len(self.names))
 
-    @property
-    def waiting(self) -> bool:
-        """Whether this epoch lies before the first that computes coefficients."""
-        return self.epoch < self.config.collect_from
+    def _enter(self, epoch: int) -> None:
+        self.epoch = epoch
+        # Whether it lies before the first epoch that computes coefficients.
+        self.waiting = epoch < self.config.collect_from
 
     @property
     def collecting(self) -> bool:
@@ -91,7 +91,7 @@ class FNGDState(BatchTracker[Batch]):
             return
         self.synchronize()
         self.forget_batch()
-        self.epoch = epoch
+        self._enter(epoch)
         self.statistics.start_epoch()
         if isinstance(self.store, SampleStore):
             self.store.trim()
@@ -134,7 +134,8 @@ class FNGDState(BatchTracker[Batch]):
         if self.waiting:
             self.batch = None
             return
-        self.batch = batch = Batch(size, labels, self.collecting)
+        batch = Batch(size, labels, self.collecting)
+        self.announce(batch)
         if isinstance(self.store, SampleStore):
             assert sample_ids is not None
             ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
@@ -164,8 +165,7 @@ class FNGDState(BatchTracker[Batch]):
     def forget_batch(self) -> None:
         """Writes what was found, and forgets the batches announced so far."""
         self.flush()
-        self._close()
-        self.batch = None
+        super().forget_batch()
         self._unwritten.clear()
 
     def flush(self) -> None:
@@ -197,6 +197,8 @@ class FNGDState(BatchTracker[Batch]):
         Args:
             saved: The saved state, of the same layers.
         """
+        self.forget_batch()
         if self.store is not None:
             self.store.load_state_dict(saved["store"])
-        self.epoch, self.steps, self.batch = saved["epoch"], saved["steps"], None
+        self._enter(saved["epoch"])
+        self.steps = saved["steps"]

@@ -160,6 +160,27 @@ class LinearAdapter:
         return g * gamma.reshape(*shape, 1)
 
 
+def to_autocast(
+    adapter: LinearAdapter, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Brings the operands of a layer into the precision that autocast would run it in.
+
+    Args:
+        adapter: Adapter of the layer's type.
+        x: Layer input.
+        weight: Weight.
+        bias: Bias or None.
+
+    Returns:
+        The three, the same tensors where autocast is off or does not concern the layer.
+    """
+    kind = x.device.type
+    if not (adapter.autocast and torch.is_autocast_enabled(kind)) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def gather_calls(adapter: LinearAdapter, calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
     """Brings all calls of one forward into the canonical layout, low precision into float32.
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fngd import coefficients, gram
-from hf_fngd.batches import SizedPass, TrackedLayer
+from hf_fngd import coefficients, compiled, gram
+from hf_fngd.batches import TrackedLayer
+from hf_fngd.capture import backward_pass
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
-from hf_fngd.layers import Call, gather_calls, sum_gradients
+from hf_fngd.layers import Call, LinearAdapter, gather_calls, sum_gradients
 from hf_fngd.mean_store import MeanStore
 
 
@@ -26,16 +27,56 @@ class LayerState(TrackedLayer[FNGDState]):
         adapter: Adapter of the layer's type.
     """
 
-    def begin(self, rows: int) -> SizedPass | None:
-        """Gives the pass that a call belongs to.
+    def __init__(self, state: FNGDState, number: int, adapter: LinearAdapter) -> None:
+        super().__init__(state, number, adapter)
+        self._registered = compiled.register(self)
+        # Backward pass and batch of the last call of a compiled graph.
+        self._last = (-1, -1)
 
-        Args:
-            rows: First dimension of the input.
+    @property
+    def idle(self) -> bool:
+        """Whether this is an epoch before `collect_from`."""
+        return self.state.waiting
+
+    def numbers(self) -> tuple[Tensor, Tensor] | None:
+        """Gives what a compiled graph takes along.
 
         Returns:
-            The batch, or None to leave the call alone: also in the epochs before `collect_from`.
+            Numbers of layer and batch; None for a module whose calls meet in a gate.
         """
-        return None if self.state.waiting else super().begin(rows)
+        return None if self.gated else (self._registered, self.state.ticket)
+
+    def deliver(self, ticket: int, call: Call, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Gives the weighted gradients of one call, in the backward of a compiled graph.
+
+        Args:
+            ticket: Number of the batch, 0 if it was not announced.
+            call: Input, output gradient and weight.
+            bias: Whether the bias takes part.
+
+        Returns:
+            Weight gradient, and bias gradient or None.
+        """
+        x, g, weight = call
+        batch = self.state.redeem(ticket, x.shape[0], self.name)
+        if batch is not None and batch.fresh:
+            self._look_for_calls((backward_pass(), ticket))
+            with torch.autocast(x.device.type, enabled=False):
+                return self.compute(batch, [call], bias)
+        if batch is not None:
+            g = self.adapter.scale_rows(g, self.weights(batch, x, g))
+        return self.adapter.parameter_gradients(g, x, weight, bias)
+
+    def _look_for_calls(self, present: tuple[int, int]) -> None:
+        if present == self._last:
+            self.state.to_gate.add(self)
+            self.state.warn_once(
+                self.name,
+                "is called several times by a compiled model: in this batch each call has "
+                "coefficients of its own; from the next step on the graph breaks there, and they "
+                "are taken together",
+            )
+        self._last = present
 
     def weights(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
         """Looks up γ for one call.

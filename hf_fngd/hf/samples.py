@@ -254,6 +254,8 @@ class SampleHook:
     def __init__(self, optimizer: LayerOptimizer | None) -> None:
         self.optimizer = optimizer
 
+    # Which samples these are depends on their content: no work for a compiled graph.
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
         if self.optimizer is not None and torch.is_grad_enabled():
             names = inspect.signature(module.forward).parameters
