@@ -25,11 +25,18 @@ class Batch(SizedPass):
         size: Number of samples; None until the first layer shows it.
         labels: Labels as given to `set_batch`.
         fresh: Whether coefficients are computed in this batch, or looked up.
+        lengths: Positions of each sample, where one row holds them all.
     """
 
-    def __init__(self, size: int | None, labels: Labels | None, fresh: bool) -> None:
+    def __init__(
+        self,
+        size: int | None,
+        labels: Labels | None,
+        fresh: bool,
+        lengths: list[int] | None = None,
+    ) -> None:
         super().__init__(size, fresh)
-        self.labels = labels
+        self.labels, self.lengths = labels, lengths
         self.rows: Tensor | None = None
         self.known: Tensor | None = None
         self.found: Tensor | None = None
@@ -104,16 +111,22 @@ class FNGDState(BatchTracker[Batch]):
         if self.store is not None:
             self.store.merge()
 
-    def set_batch(self, sample_ids: Sequence[int] | Tensor | None, labels: Labels | None) -> None:
+    def set_batch(
+        self,
+        sample_ids: Sequence[int] | Tensor | None,
+        labels: Labels | None,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """Announces the samples of the next forward pass.
 
         Args:
             sample_ids: Data set rows of the batch, or any 64-bit integers that identify them.
             labels: Class labels `[N]`, token labels `[N, T]`, or a mapping from regular
                 expressions on layer paths to token labels, of which the first match counts.
+            lengths: Positions of each sample, where one row holds them all.
 
         Raises:
-            FNGDError: If `share` needs what is missing.
+            FNGDError: If `share` needs what is missing, or samples and lengths do not agree.
         """
         self.flush()
         share = self.config.share
@@ -130,11 +143,15 @@ class FNGDState(BatchTracker[Batch]):
         size = None if sample_ids is None else len(sample_ids)
         if size is None and isinstance(labels, Tensor):
             size = len(labels)
+        packed = None if lengths is None else [int(length) for length in lengths]
+        if packed is not None:
+            self._check_packed(packed, size)
+            size = 1
         self._close()
         if self.waiting:
             self.batch = None
             return
-        batch = Batch(size, labels, self.collecting)
+        batch = Batch(size, labels, self.collecting, packed)
         self.announce(batch)
         if isinstance(self.store, SampleStore):
             assert sample_ids is not None
@@ -151,6 +168,19 @@ class FNGDState(BatchTracker[Batch]):
                 self._unwritten.append(batch)
             else:
                 batch.known = self.store.read(batch.rows)
+
+    def _check_packed(self, lengths: list[int], samples: int | None) -> None:
+        config = self.config
+        if config.share == "label" or config.fisher_unit == "token":
+            raise FNGDError(
+                "lengths go with fisher_unit=sample and share=sample, position, layer or none: for "
+                "fisher_unit=token a packed row is a batch of one, so leave them out"
+            )
+        if samples not in (None, len(lengths)) or min(lengths, default=0) < 1:
+            raise FNGDError(
+                f"{samples} samples and lengths {lengths}: give each sample of a packed row its "
+                "length, 1 at least"
+            )
 
     def _open(self) -> Batch:
         if self.config.share in ("sample", "label"):

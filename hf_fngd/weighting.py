@@ -16,6 +16,7 @@ from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
 from hf_fngd.layers import Call, LinearAdapter, gather_calls, sum_gradients
 from hf_fngd.mean_store import MeanStore
+from hf_fngd.packing import check_row, spread
 
 
 class LayerState(TrackedLayer[FNGDState]):
@@ -87,9 +88,16 @@ class LayerState(TrackedLayer[FNGDState]):
             g: Output gradient.
 
         Returns:
-            γ as `[N]`, or `[N, T]` for fisher_unit=token.
+            γ as `[N]`, or `[N, T]` for fisher_unit=token and for packed rows.
         """
         batch.used = True
+        return self._over_row(batch, self._look_up(batch, x, g), g)
+
+    def _over_row(self, batch: Batch, gamma: Tensor, g: Tensor) -> Tensor:
+        check_row(self.name, self.adapter.positions(g), batch.lengths)
+        return gamma if batch.lengths is None else spread(gamma, batch.lengths)
+
+    def _look_up(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
         if batch.known is not None:
             if batch.known.device != g.device:
                 batch.known = batch.known.to(g.device, non_blocking=True)
@@ -105,7 +113,7 @@ class LayerState(TrackedLayer[FNGDState]):
         return gamma
 
     def _keys(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
-        n = x.shape[0]
+        n = x.shape[0] if batch.lengths is None else len(batch.lengths)
         share = self.state.config.share
         if share == "layer":
             return torch.zeros(n, dtype=torch.long)
@@ -150,7 +158,10 @@ class LayerState(TrackedLayer[FNGDState]):
         batch.computed.add(self.number)
         with self.state.statistics.clock.timer(calls[0][0].device):
             gamma, per_sample = self._solve(batch, calls, bias)
-        parts = self._split(gamma, calls)
+        parts = [
+            self._over_row(batch, part, g)
+            for (_, g, _), part in zip(calls, self._split(gamma, calls), strict=True)
+        ]
         scaled = [
             (x, adapter.scale_rows(g, part), weight)
             for (x, g, weight), part in zip(calls, parts, strict=True)
@@ -175,7 +186,9 @@ class LayerState(TrackedLayer[FNGDState]):
 
     def _solve(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
         config, state = self.state.config, self.state
-        a, g = gather_calls(self.adapter, calls)
+        for _, given, _ in calls:
+            check_row(self.name, self.adapter.positions(given), batch.lengths)
+        a, g = gather_calls(self.adapter, calls, batch.lengths)
         _, n, t, _ = a.shape
         memory = config.gram_memory_mb * 2**20
         kappa = n * state.accumulation
