@@ -173,8 +173,9 @@ class FNGDState(BatchTracker[Batch]):
         config = self.config
         if config.share == "label" or config.fisher_unit == "token":
             raise FNGDError(
-                "lengths go with fisher_unit=sample and share=sample, position, layer or none: for "
-                "fisher_unit=token a packed row is a batch of one, so leave them out"
+                "packed rows (lengths) go with fisher_unit=sample and share=sample, position, "
+                "layer or none; with fisher_unit=token a packed row is a batch of one: leave "
+                "lengths out"
             )
         if samples not in (None, len(lengths)) or min(lengths, default=0) < 1:
             raise FNGDError(

@@ -177,6 +177,7 @@ def test_blocks_compiled_by_themselves_share_their_graphs() -> None:
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "marian": tiny_marian}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_no_break_that_the_plain_model_does_not_have(name: str) -> None:
     torch.manual_seed(1)

@@ -127,8 +127,13 @@ def test_compiled():
 @pytest.mark.parametrize(
     ("settings", "ids", "lengths", "message"),
     [
-        ({"share": "label"}, None, [2, 3], "lengths go with fisher_unit=sample and share=sample"),
-        ({"share": "none", "fisher_unit": "token"}, None, [2, 3], "so leave them out"),
+        ({"share": "label"}, None, [2, 3], r"packed rows \(lengths\) go with fisher_unit=sample"),
+        (
+            {"share": "none", "fisher_unit": "token"},
+            None,
+            [2, 3],
+            "a batch of one: leave lengths out",
+        ),
         ({}, range(3), [2, 3], r"3 samples and lengths \[2, 3\]"),
         ({}, range(2), [5, 0], "its length, 1 at least"),
     ],
@@ -179,6 +184,8 @@ def test_one_plain_row_is_no_packed_row():
     assert packed_lengths({"input_ids": ids, "position_ids": padded}) is None
     with pytest.raises(FNGDError, match="cu_seq_lens_q end at 5 and the packed row at 7"):
         packed_lengths({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3, 5])})
+    embedded = {"inputs_embeds": torch.zeros(1, 7, 2), "cu_seq_lens_q": torch.tensor([0, 3, 7])}
+    assert packed_lengths(embedded) == [3, 4]
 
 
 def pad_rows(features):

@@ -70,7 +70,8 @@ def packed_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
     bounds, ids = inputs.get("cu_seq_lens_q"), inputs.get("seq_idx")
     if bounds is not None:
         lengths = torch.as_tensor(bounds).diff().tolist()
-        total = next(t.shape[1] for t in inputs.values() if _is_row(t))
+        main = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        total = sum(lengths) if main is None else main.shape[1]
         if sum(lengths) != total:
             raise FNGDError(
                 f"cu_seq_lens_q end at {sum(lengths)} and the packed row at {total}: turn packing "
