@@ -9,52 +9,24 @@ saved through `save_for_backward` only, and forward passes without gradients are
 Where coefficients are looked up, a call is weighted by itself. Where they are computed, the calls
 of one forward meet in a gate: a node between the parameter and its calls, which autograd runs once
 all of them have delivered. A module called several times is thereby one layer with the positions
-of all calls, as its per-sample gradient demands.
+of all calls, as its per-sample gradient demands. Graphs of `torch.compile` have a way of their own,
+see `compiled`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_fngd.layers import Call, LinearAdapter
-
-# A call and the backward pass that it belongs to.
-Delivery = tuple[int, Call]
+from hf_fngd.compiled import run_in_graph
+from hf_fngd.handlers import Delivery, LayerHandler, Pass
+from hf_fngd.layers import LinearAdapter, to_autocast
 
 _ATTRIBUTE = "_fngd_capture"
 _SWAPPED: dict[type, type] = {}
-
-
-class Pass:
-    """One forward pass as a preconditioner sees it; preconditioners derive their own.
-
-    Args:
-        fresh: Whether coefficients are computed in this pass, or looked up.
-    """
-
-    def __init__(self, fresh: bool) -> None:
-        self.fresh = fresh
-        # Parameters behind their gate, and the calls that have delivered, by layer.
-        self.gates: dict[int, tuple[Tensor, Tensor | None, list[Delivery]]] = {}
-
-
-class LayerHandler(Protocol):
-    """What a preconditioner does for one layer; implemented once per method."""
-
-    def begin(self, rows: int) -> Pass | None:
-        """Gives the pass that a call belongs to, or None to leave the call alone."""
-
-    def weights(self, batch: Any, x: Tensor, g: Tensor) -> Tensor:
-        """Looks up γ `[N]` or `[N, T]` for one call."""
-
-    def compute(
-        self, batch: Any, calls: list[Call], bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gives the weight and bias gradients of all calls of one forward."""
 
 
 class Capture:
@@ -69,6 +41,19 @@ class Capture:
     def __init__(self, number: int, adapter: LinearAdapter, handler: LayerHandler) -> None:
         self.number, self.adapter, self.handler = number, adapter, handler
 
+    def leaves_alone(self, module: nn.Module, x: Tensor) -> bool:
+        """Tells whether a call is none of the preconditioner's business.
+
+        Args:
+            module: The selected module.
+            x: Its input.
+
+        Returns:
+            True where the plain forward must be used.
+        """
+        trained = torch.is_grad_enabled() and module.get_parameter("weight").requires_grad
+        return not trained or x.dim() < 2 or self.handler.idle
+
     def run(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Runs the layer under capture.
 
@@ -79,25 +64,15 @@ class Capture:
         Returns:
             The output, or None where the plain forward must be used.
         """
-        weight: Tensor = module.get_parameter("weight")
-        bias: Tensor | None = module._parameters["bias"]
-        if not (torch.is_grad_enabled() and weight.requires_grad):
-            return None
-        batch = self.handler.begin(x.shape[0]) if x.dim() > 1 else None
+        batch = None if self.leaves_alone(module, x) else self.handler.begin(x.shape[0])
         if batch is None:
             return None
+        weight: Tensor = module.get_parameter("weight")
+        bias: Tensor | None = module._parameters["bias"]
         calls: list[Delivery] | None = None
         if batch.fresh:
             calls, weight, bias = self._gate(batch, weight, bias)
-        x = self.adapter.prepare(x)
-        if (
-            self.adapter.autocast
-            and torch.is_autocast_enabled(x.device.type)
-            and x.dtype != torch.float64
-        ):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        x, weight, bias = to_autocast(self.adapter, self.adapter.prepare(x), weight, bias)
         return _WeightedLayer.apply(x, weight, bias, self, batch, calls)
 
     def _gate(
@@ -128,7 +103,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        capture, task = ctx.capture, _backward_pass()
+        capture, task = ctx.capture, backward_pass()
         calls = [call for its_task, call in ctx.calls if its_task == task]
         ctx.calls.clear()
         ctx.batch.gates.pop(capture.number, None)
@@ -167,7 +142,7 @@ class _WeightedLayer(torch.autograd.Function):
         if ctx.calls is not None:
             # What another backward pass left behind (it failed, or was for the input's gradient
             # only) is not part of this one.
-            task = _backward_pass()
+            task = backward_pass()
             ctx.calls[:] = [one for one in ctx.calls if one[0] == task]
             ctx.calls.append((task, (x, g, weight)))
             return grad_x, None, None, None, None, None
@@ -181,9 +156,21 @@ class _Captured:
 
     _original: type
 
-    # A compiled model breaks its graph here: what follows changes with every batch.
-    @torch.compiler.disable
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self._run(*args, **kwargs)
+        inputs = (*args, *kwargs.values())
+        link = getattr(self, _ATTRIBUTE)
+        if len(inputs) > 1 or link.leaves_alone(self, inputs[0]) or torch.compiler.is_exporting():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        numbers = link.handler.numbers()
+        if numbers is None:
+            return self._run(*args, **kwargs)
+        return run_in_graph(self, link.adapter, numbers, inputs[0])  # type: ignore[arg-type]
+
+    # A compiled model breaks its graph here.
+    @torch.compiler.disable
+    def _run(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         inputs = (*args, *kwargs.values())
         out = getattr(self, _ATTRIBUTE).run(self, inputs[0]) if len(inputs) == 1 else None
         return super().forward(*args, **kwargs) if out is None else out  # type: ignore[misc]
@@ -241,8 +228,13 @@ def in_backward() -> bool:
     Returns:
         True during recomputation by activation checkpointing.
     """
-    return _backward_pass() != -1
+    return backward_pass() != -1
 
 
-def _backward_pass() -> int:
+def backward_pass() -> int:
+    """Numbers the backward pass that autograd is running in this thread.
+
+    Returns:
+        A number, -1 where there is none.
+    """
     return torch._C._current_graph_task_id()

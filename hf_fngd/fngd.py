@@ -25,11 +25,18 @@ class Batch(SizedPass):
         size: Number of samples; None until the first layer shows it.
         labels: Labels as given to `set_batch`.
         fresh: Whether coefficients are computed in this batch, or looked up.
+        lengths: Positions of each sample, where one row holds them all.
     """
 
-    def __init__(self, size: int | None, labels: Labels | None, fresh: bool) -> None:
+    def __init__(
+        self,
+        size: int | None,
+        labels: Labels | None,
+        fresh: bool,
+        lengths: list[int] | None = None,
+    ) -> None:
         super().__init__(size, fresh)
-        self.labels = labels
+        self.labels, self.lengths = labels, lengths
         self.rows: Tensor | None = None
         self.known: Tensor | None = None
         self.found: Tensor | None = None
@@ -48,7 +55,7 @@ class FNGDState(BatchTracker[Batch]):
         super().__init__(names, "FNGD")
         self.config = config
         self.statistics = Statistics()
-        self.epoch = 0
+        self._enter(0)
         self.steps = 0
         self._unwritten: list[Batch] = []
         self.store: SampleStore | MeanStore | None = self._new_store()
@@ -62,10 +69,10 @@ class FNGDState(BatchTracker[Batch]):
             return SampleStore(len(self.names), dtype, config.num_samples)
         return MeanStore(len(self.names))
 
-    @property
-    def waiting(self) -> bool:
-        """Whether this epoch lies before the first that computes coefficients."""
-        return self.epoch < self.config.collect_from
+    def _enter(self, epoch: int) -> None:
+        self.epoch = epoch
+        # Whether it lies before the first epoch that computes coefficients.
+        self.waiting = epoch < self.config.collect_from
 
     @property
     def collecting(self) -> bool:
@@ -91,7 +98,7 @@ class FNGDState(BatchTracker[Batch]):
             return
         self.synchronize()
         self.forget_batch()
-        self.epoch = epoch
+        self._enter(epoch)
         self.statistics.start_epoch()
         if isinstance(self.store, SampleStore):
             self.store.trim()
@@ -104,16 +111,22 @@ class FNGDState(BatchTracker[Batch]):
         if self.store is not None:
             self.store.merge()
 
-    def set_batch(self, sample_ids: Sequence[int] | Tensor | None, labels: Labels | None) -> None:
+    def set_batch(
+        self,
+        sample_ids: Sequence[int] | Tensor | None,
+        labels: Labels | None,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """Announces the samples of the next forward pass.
 
         Args:
             sample_ids: Data set rows of the batch, or any 64-bit integers that identify them.
             labels: Class labels `[N]`, token labels `[N, T]`, or a mapping from regular
                 expressions on layer paths to token labels, of which the first match counts.
+            lengths: Positions of each sample, where one row holds them all.
 
         Raises:
-            FNGDError: If `share` needs what is missing.
+            FNGDError: If `share` needs what is missing, or samples and lengths do not agree.
         """
         self.flush()
         share = self.config.share
@@ -130,11 +143,16 @@ class FNGDState(BatchTracker[Batch]):
         size = None if sample_ids is None else len(sample_ids)
         if size is None and isinstance(labels, Tensor):
             size = len(labels)
+        packed = None if lengths is None else [int(length) for length in lengths]
+        if packed is not None:
+            self._check_packed(packed, size)
+            size = 1
         self._close()
         if self.waiting:
             self.batch = None
             return
-        self.batch = batch = Batch(size, labels, self.collecting)
+        batch = Batch(size, labels, self.collecting, packed)
+        self.announce(batch)
         if isinstance(self.store, SampleStore):
             assert sample_ids is not None
             ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
@@ -151,6 +169,20 @@ class FNGDState(BatchTracker[Batch]):
             else:
                 batch.known = self.store.read(batch.rows)
 
+    def _check_packed(self, lengths: list[int], samples: int | None) -> None:
+        config = self.config
+        if config.share == "label" or config.fisher_unit == "token":
+            raise FNGDError(
+                "packed rows (lengths) go with fisher_unit=sample and share=sample, position, "
+                "layer or none; with fisher_unit=token a packed row is a batch of one: leave "
+                "lengths out"
+            )
+        if samples not in (None, len(lengths)) or min(lengths, default=0) < 1:
+            raise FNGDError(
+                f"{samples} samples and lengths {lengths}: give each sample of a packed row its "
+                "length, 1 at least"
+            )
+
     def _open(self) -> Batch:
         if self.config.share in ("sample", "label"):
             self.set_batch(None, None)
@@ -164,8 +196,7 @@ class FNGDState(BatchTracker[Batch]):
     def forget_batch(self) -> None:
         """Writes what was found, and forgets the batches announced so far."""
         self.flush()
-        self._close()
-        self.batch = None
+        super().forget_batch()
         self._unwritten.clear()
 
     def flush(self) -> None:
@@ -197,6 +228,8 @@ class FNGDState(BatchTracker[Batch]):
         Args:
             saved: The saved state, of the same layers.
         """
+        self.forget_batch()
         if self.store is not None:
             self.store.load_state_dict(saved["store"])
-        self.epoch, self.steps, self.batch = saved["epoch"], saved["steps"], None
+        self._enter(saved["epoch"])
+        self.steps = saved["steps"]

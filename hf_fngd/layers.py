@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_fngd.packing import unpack
+
 # Input, output gradient and weight (as the call saw it, under autocast in low precision).
 Call = tuple[Tensor, Tensor, Tensor]
 
@@ -160,17 +162,43 @@ class LinearAdapter:
         return g * gamma.reshape(*shape, 1)
 
 
-def gather_calls(adapter: LinearAdapter, calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
+def to_autocast(
+    adapter: LinearAdapter, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Brings the operands of a layer into the precision that autocast would run it in.
+
+    Args:
+        adapter: Adapter of the layer's type.
+        x: Layer input.
+        weight: Weight.
+        bias: Bias or None.
+
+    Returns:
+        The three, the same tensors where autocast is off or does not concern the layer.
+    """
+    kind = x.device.type
+    if not (adapter.autocast and torch.is_autocast_enabled(kind)) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def gather_calls(
+    adapter: LinearAdapter, calls: Sequence[Call], lengths: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Brings all calls of one forward into the canonical layout, low precision into float32.
 
     Args:
         adapter: Adapter of the layer's type.
         calls: Input, output gradient and weight of every call.
+        lengths: Positions of each sample, where a call's one row holds them all.
 
     Returns:
         `a` as `[G, N, T, d_in]` and `g` as `[G, N, T, d_out]`, positions of all calls in a row.
     """
     parts = [adapter.canonical(x, g) for x, g, _ in calls]
+    if lengths is not None:
+        parts = [(unpack(a, lengths), unpack(g, lengths)) for a, g in parts]
     a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
     if a.dtype in (torch.float16, torch.bfloat16):
         a = a.float()

@@ -57,7 +57,10 @@ class FNGD(LayerOptimizer):
         self.coefficients.start_epoch(epoch)
 
     def set_batch(
-        self, sample_ids: Sequence[int] | Tensor | None = None, labels: Labels | None = None
+        self,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        labels: Labels | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
     ) -> None:
         """Announces the samples of the next forward pass, once per micro-batch.
 
@@ -66,11 +69,13 @@ class FNGD(LayerOptimizer):
                 samples. Needed for share=sample; otherwise they tell the batch size.
             labels: For share=label: classes `[N]`, token labels `[N, T]`, or a mapping from
                 regular expressions on layer paths to such tensors, of which the first match counts.
+            lengths: For a batch of one row that holds several samples one after the other: the
+                positions `[N]` of each.
 
         Raises:
-            FNGDError: If `share` needs what is missing.
+            FNGDError: If `share` needs what is missing, or samples and lengths do not agree.
         """
-        self.coefficients.set_batch(sample_ids, labels)
+        self.coefficients.set_batch(sample_ids, labels, lengths)
 
     def statistics(self) -> dict[str, Any]:
         """Reports on the coefficients since the last call.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_fngd.coefficients import Solution
+from hf_fngd.ranks import gather
 
 
 class Stopwatch:
@@ -60,6 +61,7 @@ class Statistics:
         self.clock = Stopwatch()
         self.nonfinite = 0
         self.fallbacks = 0
+        self._of_all_ranks: tuple[int, int] | None = None
         self._gamma: Tensor | None = None  # sum, minimum, maximum
         self._count = 0
         self.start_epoch()
@@ -102,16 +104,25 @@ class Statistics:
             self._gamma = now
             self._count += gamma.numel()
 
+    def gather_counts(self) -> None:
+        """Adds up the counts of all ranks for the next report; they must call it together."""
+        parts = gather((self.nonfinite, self.fallbacks))
+        if parts is not None:
+            self._of_all_ranks = sum(p[0] for p in parts), sum(p[1] for p in parts)
+
     def report(self) -> dict[str, float]:
         """Gives the numbers collected since the last report and starts the γ statistics anew.
 
         Returns:
-            Floats by name; γ entries are absent where no coefficients were computed.
+            Floats by name; γ entries are absent where no coefficients were computed. Counts are
+            those of all ranks after `gather_counts`, otherwise this rank's.
         """
+        nonfinite, fallbacks = self._of_all_ranks or (self.nonfinite, self.fallbacks)
+        self._of_all_ranks = None
         numbers = {
             "gram_seconds": self.clock.seconds(),
-            "nonfinite": float(self.nonfinite),
-            "fallbacks": float(self.fallbacks),
+            "nonfinite": float(nonfinite),
+            "fallbacks": float(fallbacks),
         }
         if self.reuse_rate is not None:
             numbers["reuse_rate"] = self.reuse_rate

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fngd import coefficients, gram
-from hf_fngd.batches import SizedPass, TrackedLayer
+from hf_fngd import coefficients, compiled, gram
+from hf_fngd.batches import TrackedLayer
+from hf_fngd.capture import backward_pass
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
-from hf_fngd.layers import Call, gather_calls, sum_gradients
+from hf_fngd.layers import Call, LinearAdapter, gather_calls, sum_gradients
 from hf_fngd.mean_store import MeanStore
+from hf_fngd.packing import check_row, spread
 
 
 class LayerState(TrackedLayer[FNGDState]):
@@ -26,16 +28,56 @@ class LayerState(TrackedLayer[FNGDState]):
         adapter: Adapter of the layer's type.
     """
 
-    def begin(self, rows: int) -> SizedPass | None:
-        """Gives the pass that a call belongs to.
+    def __init__(self, state: FNGDState, number: int, adapter: LinearAdapter) -> None:
+        super().__init__(state, number, adapter)
+        self._registered = compiled.register(self)
+        # Backward pass and batch of the last call of a compiled graph.
+        self._last = (-1, -1)
 
-        Args:
-            rows: First dimension of the input.
+    @property
+    def idle(self) -> bool:
+        """Whether this is an epoch before `collect_from`."""
+        return self.state.waiting
+
+    def numbers(self) -> tuple[Tensor, Tensor] | None:
+        """Gives what a compiled graph takes along.
 
         Returns:
-            The batch, or None to leave the call alone: also in the epochs before `collect_from`.
+            Numbers of layer and batch; None for a module whose calls meet in a gate.
         """
-        return None if self.state.waiting else super().begin(rows)
+        return None if self.gated else (self._registered, self.state.ticket)
+
+    def deliver(self, ticket: int, call: Call, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Gives the weighted gradients of one call, in the backward of a compiled graph.
+
+        Args:
+            ticket: Number of the batch, 0 if it was not announced.
+            call: Input, output gradient and weight.
+            bias: Whether the bias takes part.
+
+        Returns:
+            Weight gradient, and bias gradient or None.
+        """
+        x, g, weight = call
+        batch = self.state.redeem(ticket, x.shape[0], self.name)
+        if batch is not None and batch.fresh:
+            self._look_for_calls((backward_pass(), ticket))
+            with torch.autocast(x.device.type, enabled=False):
+                return self.compute(batch, [call], bias)
+        if batch is not None:
+            g = self.adapter.scale_rows(g, self.weights(batch, x, g))
+        return self.adapter.parameter_gradients(g, x, weight, bias)
+
+    def _look_for_calls(self, present: tuple[int, int]) -> None:
+        if present == self._last:
+            self.state.to_gate.add(self)
+            self.state.warn_once(
+                self.name,
+                "is called several times by a compiled model: in this batch each call has "
+                "coefficients of its own; from the next step on the graph breaks there, and they "
+                "are taken together",
+            )
+        self._last = present
 
     def weights(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
         """Looks up γ for one call.
@@ -46,9 +88,16 @@ class LayerState(TrackedLayer[FNGDState]):
             g: Output gradient.
 
         Returns:
-            γ as `[N]`, or `[N, T]` for fisher_unit=token.
+            γ as `[N]`, or `[N, T]` for fisher_unit=token and for packed rows.
         """
         batch.used = True
+        return self._over_row(batch, self._look_up(batch, x, g), g)
+
+    def _over_row(self, batch: Batch, gamma: Tensor, g: Tensor) -> Tensor:
+        check_row(self.name, self.adapter.positions(g), batch.lengths)
+        return gamma if batch.lengths is None else spread(gamma, batch.lengths)
+
+    def _look_up(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
         if batch.known is not None:
             if batch.known.device != g.device:
                 batch.known = batch.known.to(g.device, non_blocking=True)
@@ -64,7 +113,7 @@ class LayerState(TrackedLayer[FNGDState]):
         return gamma
 
     def _keys(self, batch: Batch, x: Tensor, g: Tensor) -> Tensor:
-        n = x.shape[0]
+        n = x.shape[0] if batch.lengths is None else len(batch.lengths)
         share = self.state.config.share
         if share == "layer":
             return torch.zeros(n, dtype=torch.long)
@@ -109,7 +158,10 @@ class LayerState(TrackedLayer[FNGDState]):
         batch.computed.add(self.number)
         with self.state.statistics.clock.timer(calls[0][0].device):
             gamma, per_sample = self._solve(batch, calls, bias)
-        parts = self._split(gamma, calls)
+        parts = [
+            self._over_row(batch, part, g)
+            for (_, g, _), part in zip(calls, self._split(gamma, calls), strict=True)
+        ]
         scaled = [
             (x, adapter.scale_rows(g, part), weight)
             for (x, g, weight), part in zip(calls, parts, strict=True)
@@ -134,7 +186,9 @@ class LayerState(TrackedLayer[FNGDState]):
 
     def _solve(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
         config, state = self.state.config, self.state
-        a, g = gather_calls(self.adapter, calls)
+        for _, given, _ in calls:
+            check_row(self.name, self.adapter.positions(given), batch.lengths)
+        a, g = gather_calls(self.adapter, calls, batch.lengths)
         _, n, t, _ = a.shape
         memory = config.gram_memory_mb * 2**20
         kappa = n * state.accumulation

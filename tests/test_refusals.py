@@ -66,29 +66,6 @@ def test_fsdp1_is_refused_and_fsdp2_is_not(launch, tmp_path):
         support.refuse_unsupported(args, KFAC)
 
 
-@pytest.mark.feature("Packed or padding-free rows", "refused", "turn packing off")
-@BOTH
-@pytest.mark.parametrize(
-    "packing",
-    [
-        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])},
-        {"cu_seq_lens_q": torch.tensor([0, 3, 5, 7])},
-        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2, 2]])},
-    ],
-    ids=["position_ids", "cu_seq_lens", "seq_idx"],
-)
-def test_packed_batch_of_one(cls, packing):
-    inputs = {"input_ids": torch.ones(1, 7, dtype=torch.long), **packing}
-    with pytest.raises(FNGDError, match="packed row.*turn packing or padding_free off"):
-        support.refuse_packed(inputs)
-    support.refuse_packed({**inputs, "input_ids": torch.ones(2, 7, dtype=torch.long)})
-
-
-def test_one_plain_row_is_no_packed_batch():
-    ids = torch.ones(1, 7, dtype=torch.long)
-    support.refuse_packed({"input_ids": ids, "position_ids": torch.arange(7).unsqueeze(0)})
-
-
 @pytest.mark.feature(
     "IterableDataset with `share=sample`", "refused", "use `share=layer` or `none`"
 )

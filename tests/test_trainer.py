@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_fngd import (
@@ -231,10 +232,17 @@ def test_activation_checkpointing_gives_the_same_weights(reentrant, tmp_path):
         torch.testing.assert_close(runs[1][name], value, msg=name)
 
 
-@pytest.mark.feature("`torch.compile`", "slower", "a break of the graph at every selected layer")
+@pytest.mark.feature(
+    "`torch.compile`",
+    "works",
+    "no break of the graph; KFAC, Eva, TENGraD and SENG: one at every selected layer",
+)
 @pytest.mark.slow
-def test_compiled_model_trains_the_same(tmp_path):
+@BOTH
+def test_compiled_model_trains_the_same(cls, tmp_path):
     runs = []
+    torch._dynamo.reset()
+    counters.clear()
     for compiled in (False, True):
         args = arguments(
             tmp_path,
@@ -242,12 +250,13 @@ def test_compiled_model_trains_the_same(tmp_path):
             torch_compile=compiled,
             torch_compile_backend="aot_eager" if compiled else None,
         )
-        trainer = make_trainer(FNGDSeq2SeqTrainer, args, model=tiny_marian(dropout=0.0))
+        trainer = make_trainer(cls, args, model=tiny_marian(dropout=0.0))
         trainer.train()
         assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
         runs.append(weights(trainer.model))
     for name, value in runs[0].items():
         torch.testing.assert_close(runs[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
 @pytest.mark.feature("bf16 autocast", "works")

@@ -185,8 +185,11 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Makes the coefficients equal on all ranks before one of them writes a checkpoint."""
+        """Lets ranks exchange what a checkpoint, or a log, will say of all of them."""
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        # Not in on_log, which a user's code may reach on one rank only.
+        if control.should_log and isinstance(optimizer, FNGD):
+            optimizer.coefficients.statistics.gather_counts()
         best = getattr(args.save_strategy, "value", args.save_strategy) == "best"
         if optimizer is not None and (control.should_save or (best and control.should_evaluate)):
             optimizer.synchronize()

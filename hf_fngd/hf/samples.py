@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.base_optimizer import LayerOptimizer
-from hf_fngd.hf.support import batch_size, refuse_packed
+from hf_fngd.errors import FNGDError
+from hf_fngd.hf.support import batch_size, packed_lengths, unpacked
 from hf_fngd.methods import PlainOptimizer
+from hf_fngd.optimizer import FNGD
 
 INDEX_COLUMN = "fngd_row"
 # Odd 64-bit constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers.
@@ -198,27 +200,47 @@ def announce(
         optimizer: The optimizer.
         model: The unwrapped model.
         inputs: Its inputs.
-        rows: Row numbers, or None to hash the content.
+        rows: Row numbers, or None to hash the content (as where packing made one of several).
 
     Raises:
-        FNGDError: For a packed batch.
+        FNGDError: For a packed row, under the methods other than FNGD.
     """
     if isinstance(optimizer, PlainOptimizer):
         return
-    refuse_packed(inputs)
+    lengths = packed_lengths(inputs)
     size = batch_size(inputs)
     if size is None:
         return
-    ids: Sequence[int] = range(size) if rows is None else rows
-    share = getattr(optimizer.config, "share", None)
-    if share == "sample" and rows is None:
+    labels = None
+    if isinstance(optimizer, FNGD):
+        config = optimizer.config
+        if config.share == "label":
+            labels = batch_labels(model, inputs)
+        if config.fisher_unit == "token":
+            # Each position is a sample, whatever row it is in.
+            lengths = None
+    elif lengths is not None:
+        raise FNGDError(
+            "the batch is one packed row of several samples, which "
+            f"{optimizer.config_class.title} cannot tell apart: turn packing or padding_free off, "
+            "so that each sample has a row of its own"
+        )
+    samples = size if lengths is None else len(lengths)
+    ids: Sequence[int] = range(samples)
+    if rows is not None and (lengths is None or len(rows) == samples):
+        ids = rows
+    elif getattr(optimizer.config, "share", None) == "sample":
         config = getattr(model, "config", None)
         eos = getattr(config, "eos_token_id", None)
         ids = content_ids(
-            inputs, getattr(config, "pad_token_id", None), eos if isinstance(eos, int) else -1
+            inputs if lengths is None else unpacked(inputs, lengths),
+            getattr(config, "pad_token_id", None),
+            eos if isinstance(eos, int) else -1,
         )
-    labels = batch_labels(model, inputs) if share == "label" else None
-    optimizer.set_batch(ids, labels)
+    if isinstance(optimizer, FNGD):
+        optimizer.set_batch(ids, labels, lengths)
+    else:
+        optimizer.set_batch(ids)
 
 
 def batch_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | dict[str, Tensor] | None:
@@ -254,6 +276,8 @@ class SampleHook:
     def __init__(self, optimizer: LayerOptimizer | None) -> None:
         self.optimizer = optimizer
 
+    # Which samples these are depends on their content: no work for a compiled graph.
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
         if self.optimizer is not None and torch.is_grad_enabled():
             names = inspect.signature(module.forward).parameters

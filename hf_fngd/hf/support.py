@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,6 @@ from transformers import TrainingArguments
 from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.errors import FNGDError
 from hf_fngd.methods import PreconditionedOptimizer
-
-_PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def refuse_unsupported(args: TrainingArguments, optimizer: type[LayerOptimizer]) -> None:
@@ -54,28 +52,67 @@ def refuse_unsupported(args: TrainingArguments, optimizer: type[LayerOptimizer])
         )
 
 
-def refuse_packed(inputs: Mapping[str, Any]) -> None:
-    """Refuses a batch of one row that holds several samples.
+def packed_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Finds the samples of a batch of one row that holds several.
 
     Args:
         inputs: The model's inputs.
 
+    Returns:
+        Positions of each sample, by `cu_seq_lens_q`, `seq_idx` or `position_ids` that begin at 0
+        again; None where each row is one sample.
+
     Raises:
-        FNGDError: If the row is packed.
+        FNGDError: If `cu_seq_lens_q` do not end where the row does.
     """
-    position_ids = inputs.get("position_ids")
-    rows = batch_size(inputs)
-    restarts = (
-        isinstance(position_ids, torch.Tensor)
-        and position_ids.dim() == 2
-        and rows == 1
-        and int((position_ids == 0).sum()) > 1
-    )
-    if restarts or (rows == 1 and any(inputs.get(key) is not None for key in _PACKED_KEYS)):
-        raise FNGDError(
-            "the batch is one packed row of several samples, which FNGD cannot tell apart: turn "
-            "packing or padding_free off, so that each sample has a row of its own"
-        )
+    if batch_size(inputs) != 1:
+        return None
+    bounds, ids = inputs.get("cu_seq_lens_q"), inputs.get("seq_idx")
+    if bounds is not None:
+        lengths = torch.as_tensor(bounds).diff().tolist()
+        main = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        total = sum(lengths) if main is None else main.shape[1]
+        if sum(lengths) != total:
+            raise FNGDError(
+                f"cu_seq_lens_q end at {sum(lengths)} and the packed row at {total}: turn packing "
+                "or padding_free off, so that each sample has a row of its own"
+            )
+    elif ids is not None:
+        lengths = ids[0].unique_consecutive(return_counts=True)[1].tolist()
+    else:
+        positions: Any = inputs.get("position_ids")
+        if not _is_row(positions) or int(positions[0, 0]) != 0:
+            return None
+        starts = (positions[0] == 0).nonzero().squeeze(1).tolist()
+        ends = [*starts[1:], positions.shape[1]]
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    return lengths if len(lengths) > 1 else None
+
+
+def unpacked(inputs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Gives every sample of a packed row a row of its own, for its content to be hashed.
+
+    Args:
+        inputs: The model's inputs.
+        lengths: Positions of each sample.
+
+    Returns:
+        `input_ids` with their `attention_mask`, and `labels`, where there are such.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    found = {}
+    for key, fill in (("input_ids", 0), ("labels", -100)):
+        if _is_row(inputs.get(key)):
+            parts = inputs[key][0].split(list(lengths))
+            found[key] = pad(parts, batch_first=True, padding_value=fill)
+            if key == "input_ids":
+                ones = [torch.ones_like(part) for part in parts]
+                found["attention_mask"] = pad(ones, batch_first=True)
+    return found
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[0] == 1
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int | None:

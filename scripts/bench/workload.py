@@ -119,17 +119,20 @@ VARIANTS: dict[str, tuple[str, dict[str, object]] | None] = {
 }
 
 
-def make_step(workload: Workload, variant: str) -> Callable[[], None]:
+def make_step(workload: Workload, variant: str, backend: str | None = None) -> Callable[[], None]:
     """Builds a model with its optimizer and gives a function that trains one step.
 
     Args:
         workload: Shapes.
         variant: A name in `VARIANTS`.
+        backend: Of torch.compile; None runs the model as it is.
 
     Returns:
         A function that runs one training step on the workload's batch.
     """
     model, batch = workload.model(), workload.batch()
+    if backend is not None:
+        model.compile(backend=backend)
     choice = VARIANTS[variant]
     if choice is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=workload.learning_rate)
