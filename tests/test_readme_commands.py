@@ -144,7 +144,7 @@ def world(tmp_path_factory):
         shape = clm.ModelArguments(vocab_size=300, d_model=16, layers=1, attention_heads=2)
         for part in clm.load_model(shape, texts, 16):
             part.save_pretrained(folder / "openai-community/gpt2")
-    for name in ("FOLDER", "runs/first", "runs/second"):
+    for name in ("FOLDER", "runs/first", "runs/second", "runs/demo", "runs/demo-adamw"):
         shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
     for name in ("compare_cifar10", "compare_multi30k"):
         shutil.copytree(SCRIPTS / "bench/results" / name, folder / "runs" / name)
@@ -166,12 +166,12 @@ def run_script(path, words, monkeypatch):
     assert name in SHRINK, f"neither run nor covered: say in SHRINK how {path} becomes small"
     if words == ["--help"]:
         more = []
-    elif len(words) == 1 and words[0].endswith(".json"):
+    elif name.startswith("run_") and words[0].endswith(".json"):
         settings = json.loads((ROOT / words[0]).read_text()) | SHRINK[name]
         settings |= {"disable_tqdm": True, "eval_on_start": False}
         with open("settings.json", "w") as file:
             json.dump(settings, file)
-        words, more = ["settings.json"], []
+        words, more = ["settings.json", *words[1:]], []
     else:
         more = flat(SHRINK[name])
         if name == "compare_optimizers":
@@ -213,6 +213,7 @@ def run(command, folder, monkeypatch):
 # What a command must have left in the folder that it ran in, beside exit code 0.
 LEFT = {
     "make demo": ["runs/demo/README.md", "runs/demo/predictions.jsonl", "runs/demo/curves.png"],
+    "--output_dir runs/demo-adamw": ["runs/demo-adamw/metrics.json"],
     "make bench": ["b.json"],
     "run_translation.py --optim": ["stock/done0.json"],
     "scripts/multi30k.json": ["runs/multi30k-marian-small-fngd/coefficients.png"],
@@ -226,7 +227,8 @@ LEFT = {
     "plans/multi30k.json": ["runs/compare_multi30k/table.md"],
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],
-    "write_card": ["FOLDER/README.md"],
+    "write_card.py FOLDER": ["FOLDER/README.md"],
+    "write_card.py runs": ["runs/demo/README.md", "runs/demo-adamw/README.md"],
 }
 
 

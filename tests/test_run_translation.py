@@ -345,6 +345,20 @@ def test_settings_file_that_cannot_be_used(text, message, tmp_path, script, monk
     assert not (tmp_path / "out").exists()
 
 
+def test_flags_come_before_the_settings_file(tmp_path, script, monkeypatch):
+    path = tmp_path / "settings.json"
+    settings = {"source_lang": "en", "target_lang": "de", "do_train": True, "optim": "fngd"}
+    path.write_text(json.dumps({**settings, "output_dir": "runs/a", "learning_rate": 2e-3}))
+    words = [str(path), "--optim", "adamw_torch", "--output_dir", str(tmp_path), "--do_eval"]
+    monkeypatch.setattr(sys, "argv", ["run_translation.py", *words, "--do_train", "False"])
+    *_, args = script.parse([script.DataArguments, script.Seq2SeqTrainingArguments], None)
+    assert (args.optim, args.output_dir, args.learning_rate) == ("adamw_torch", str(tmp_path), 2e-3)
+    assert args.do_eval and not args.do_train
+    monkeypatch.setattr(sys, "argv", ["run_translation.py", str(path), "--lerning_rate", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        script.parse([script.DataArguments, script.Seq2SeqTrainingArguments], None)
+
+
 @pytest.mark.slow
 def test_what_a_trained_model_is_asked_for_later(files):
     """Longer sequences than it takes are refused; translating only leaves its card alone."""

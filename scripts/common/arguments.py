@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
-    """Reads the command line, or a JSON file with the same arguments.
+    """Reads the command line, or a JSON file with the same arguments; flags after it come first.
 
     Args:
         kinds: Dataclasses of arguments; the last one is that of the training arguments.
@@ -42,12 +43,13 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
         list(kinds),
         description=description,
         formatter_class=_Help,
-        usage="%(prog)s SETTINGS.json, or --name value ... (see --help)",
+        usage="%(prog)s [SETTINGS.json] [--name value ...] (see --help)",
     )
-    settings = sys.argv[1] if len(sys.argv) == 2 and sys.argv[1].endswith(".json") else None
+    settings = next((word for word in sys.argv[1:2] if word.endswith(".json")), None)
     try:
         if settings:
-            parsed = parser.parse_json_file(settings)
+            given = json.loads(Path(settings).read_text(encoding="utf-8"))
+            parsed = parser.parse_dict({**given, **_flags(parser, sys.argv[2:])})
         else:
             parsed = parser.parse_args_into_dataclasses()
     except (OSError, ValueError, TypeError) as error:
@@ -58,6 +60,13 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
         raise InputError(f"--output_dir {folder!r} is a file: choose a folder")
     _hide_token(parsed[-1])
     return parsed
+
+
+def _flags(parser: HfArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    # Without defaults nothing is parsed but what stands on the command line.
+    for action in parser._actions:
+        action.required, action.default = False, SUPPRESS
+    return vars(parser.parse_args(words))
 
 
 def _hide_token(args: TrainingArguments) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,7 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 import hf_fngd
+from common.baselines import baselines
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_optimizer
 from hf_fngd.hf.card_text import CardFacts
@@ -33,6 +35,20 @@ class Task:
     name: str
     metrics: tuple[str, ...]
     limits: tuple[str, ...]
+
+    def scores(self, found: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+        """Reads the scores of a run: those of the test set, or else of the validation set.
+
+        Args:
+            found: Content of metrics.json.
+
+        Returns:
+            `test` or `validation`, and the scores by metric.
+        """
+        split = next((name for name in ("test", "validation") if found.get(name)), "test")
+        values, prefix = found.get(split, {}), "eval" if split == "validation" else "test"
+        read = {name: values.get(name, values.get(f"{prefix}_{name}")) for name in self.metrics}
+        return split, {name: value for name, value in read.items() if value is not None}
 
 
 TASKS = {
@@ -147,11 +163,12 @@ def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
-    """Gathers what the model card says from the numbers of a run alone.
+    """Gathers what the model card says from the numbers of a run, and of those beside it.
 
     Args:
         found: Content of metrics.json.
-        folder: Folder of the model, which names it.
+        folder: Folder of the model, which names it; runs of the same command with another
+            optimizer are looked for beside it.
 
     Returns:
         Facts.
@@ -160,10 +177,8 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
     named = (task for mark, task in MARKS.items() if mark in data)
     task = TASKS[next(named, "image-classification")]
     optimizer = found.get("optimizer")
-    split = next((name for name in ("test", "validation") if found.get(name)), "test")
+    split, scores = task.scores(found)
     tested = found.get(split, {})
-    prefix = "eval" if split == "validation" else "test"
-    scores = {name: tested.get(name, tested.get(f"{prefix}_{name}")) for name in task.metrics}
     places = SimpleNamespace(**data)
     model = found["settings"]["model"]
     return CardFacts(
@@ -182,7 +197,8 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         seed=training["seed"],
         curves="curves.png" if found["history"] else None,
         coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,
-        metrics={name: value for name, value in scores.items() if value is not None},
+        metrics=scores,
+        baselines=baselines(found, folder, task.scores),
         signatures={n: tested[f"{n}_signature"] for n in scores if f"{n}_signature" in tested},
         limits=[*task.limits, *([ADAPTERS] if model.get("lora_rank") else [])],
         custom_code=found.get("custom_code", False),
