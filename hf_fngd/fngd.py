@@ -206,6 +206,8 @@ class FNGDState(BatchTracker[Batch]):
             if batch.used and batch.rows is not None and batch.found is not None:
                 part = 1 / (self._round + 1) if self.collecting else 1.0
                 self.store.write(batch.rows, batch.found.cpu(), part)
+                # Written again it would count twice in a mean of several epochs.
+                batch.found.fill_(torch.nan)
         # A batch that was announced may still be waiting for its backward pass.
         self._unwritten = [b for b in self._unwritten if not b.used or b is self.batch]
 

@@ -1,8 +1,8 @@
 """What the (already preconditioned) gradients are turned into: SGD, AdamW and Muon.
 
 The rules are torch's own functional optimizers, so that with γ = 1 a step equals torch.optim's bit
-for bit. Weight decay is decoupled in all of them. State is kept in float32 under bf16 and fp16
-parameters.
+for bit (on a CPU that of `AdamW(fused=True)`). Weight decay is decoupled in all of them. State is
+kept in float32 under bf16 and fp16 parameters.
 """
 
 from __future__ import annotations
@@ -39,28 +39,47 @@ def sgd_rule(
     """
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    if group["update_scale"] == "rms":
+        _rms_sgd(params, grads, states, group)
+        return
     buffers = [state.get("momentum_buffer") for state in states]
-    options = {"momentum": group["momentum"], "nesterov": group["nesterov"], "dampening": 0}
-    if group["update_scale"] == "none":
-        _sgd(params, grads, buffers, lr=group["lr"], **options)
-    else:
-        # A unit step from zero leaves the negative update; only its length is changed.
-        updates = [torch.zeros_like(p) for p in params]
-        _sgd(updates, grads, buffers, lr=1.0, **options)
-        norms = torch._foreach_norm(updates)
-        scales = [
-            group["lr"] * ADAMW_RMS * p.numel() ** 0.5 / (n + _RMS_EPSILON)
-            for p, n in zip(params, norms, strict=True)
-        ]
-        torch._foreach_mul_(updates, scales)
-        torch._foreach_add_(params, updates)
+    sgd(
+        params,
+        grads,
+        buffers,
+        weight_decay=0.0,
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=0,
+        nesterov=group["nesterov"],
+        maximize=False,
+        foreach=None,
+    )
     for state, buffer in zip(states, buffers, strict=True):
         if buffer is not None:
             state["momentum_buffer"] = buffer
 
 
-def _sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Any], **options: Any) -> None:
-    sgd(params, grads, buffers, weight_decay=0.0, maximize=False, foreach=None, **options)
+def _rms_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    updates, momentum = grads, group["momentum"]
+    if momentum:
+        for grad, state in zip(grads, states, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(grad)
+        buffers = [state["momentum_buffer"] for state in states]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        updates = buffers
+        if group["nesterov"]:
+            updates = list(torch._foreach_add(grads, buffers, alpha=momentum))
+    for param, update, norm in zip(params, updates, torch._foreach_norm(updates), strict=True):
+        length = group["lr"] * ADAMW_RMS * param.numel() ** 0.5
+        param.addcmul_(update, -length / (norm + _RMS_EPSILON))
 
 
 def adamw_rule(
@@ -97,6 +116,8 @@ def adamw_rule(
         eps=group["eps"],
         maximize=False,
         foreach=None,
+        # Elsewhere torch's own choice: the fused kernel would want the steps on the device, too.
+        fused=all(p.device.type == "cpu" for p in params) or None,
     )
 
 

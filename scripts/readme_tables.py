@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -32,8 +33,12 @@ CONFIGS = {
 
 
 COMPARISONS = {
-    "cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
-    "multi30k": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, 5 epochs",
+    "compare_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
+    "compare_multi30k": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, 5 epochs",
+}
+STUDIES = {
+    "quality_finetune": "Fine-tuning a Marian of width 128 (trained on Tatoeba) on 2,000 pairs of "
+    "Multi30K en-de, 5 epochs",
 }
 
 
@@ -124,13 +129,27 @@ def comparison() -> str:
     Returns:
         Markdown.
     """
+    return _reports(COMPARISONS)
+
+
+def quality() -> str:
+    """Makes short tables of the studies of quality from their reports.
+
+    Returns:
+        Markdown.
+    """
+    return _reports(STUDIES)
+
+
+def _reports(titles: Mapping[str, str]) -> str:
     parts = []
-    for name, title in COMPARISONS.items():
-        folder = RESULTS / f"compare_{name}"
+    for name, title in titles.items():
+        folder = RESULTS / name
         lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
         table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
         kept = [i for i, cell in enumerate(table[0]) if _is_shown(cell.strip())]
-        rows = ["| " + " | ".join(row[i].strip() for i in kept) + " |" for row in table]
+        made = [row for row in table if not any(cell.strip().startswith("0 of ") for cell in row)]
+        rows = ["| " + " | ".join(row[i].strip() for i in kept) + " |" for row in made]
         rows[1] = "|---" * len(kept) + "|"
         place = folder.relative_to(ROOT).as_posix()
         links = f"[whole table]({place}/table.md), [every trial]({place}/search.md)"
@@ -194,7 +213,7 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for make in (settings, costs, methods, comparison, sharing, support):
+    for make in (settings, costs, methods, comparison, quality, sharing, support):
         name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

@@ -141,7 +141,7 @@ class Reference:
             adam_groups[0]["params"] += [p for p in mine if p.dim() > 1]
             adam_groups[1]["params"] += [p for p in mine if p.dim() <= 1]
         groups = [group for group in adam_groups if group["params"]]
-        self.optimizers += [torch.optim.AdamW(groups, **adam)] if groups else []
+        self.optimizers += [torch.optim.AdamW(groups, fused=True, **adam)] if groups else []
 
     def step(self) -> None:
         with torch.no_grad():
@@ -344,12 +344,12 @@ def test_rms_scale_of_the_other_rules(rule: str) -> None:
     fill_store(optimizer)
     weights = [p for p in twin.parameters() if p.dim() > 1]
     biases = [p for p in twin.parameters() if p.dim() == 1]
-    references = [torch.optim.AdamW(biases, LR, weight_decay=0.0)]
+    references = [torch.optim.AdamW(biases, LR, weight_decay=0.0, fused=True)]
     if rule == "muon":
         options = {"momentum": 0.9, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
         references.append(torch.optim.Muon(weights, LR, **options))
     else:
-        references.append(torch.optim.AdamW(weights, LR, weight_decay=0.0))
+        references.append(torch.optim.AdamW(weights, LR, weight_decay=0.0, fused=True))
     for _ in range(3):
         for net in (model, twin):
             net.zero_grad()

@@ -277,7 +277,7 @@ def test_layers_that_no_method_knows() -> None:
         ),
         (
             {"update_rule": "adamw", "adam_beta1": 0.8},
-            lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.999), weight_decay=0.0),
+            lambda p: torch.optim.AdamW(p, 0.1, (0.8, 0.999), weight_decay=0.0, fused=True),
         ),
     ],
     ids=["sgd", "momentum", "nesterov", "adamw"],
@@ -309,7 +309,7 @@ def test_plain_adamw_with_weight_decay_is_torchs() -> None:
         {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    other = torch.optim.AdamW(groups, lr=0.05)
+    other = torch.optim.AdamW(groups, lr=0.05, fused=True)
     other.set_batch = other.start_epoch = lambda *_: None
     train(model, optimizer)
     train(twin, other)

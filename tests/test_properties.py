@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fngd import create_fngd_optimizer
 
-RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+# The same examples every time: CI must not depend on chance.
+RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 sizes = st.integers(1, 5)
 
 

@@ -365,7 +365,7 @@ def test_what_a_trained_model_is_asked_for_later(files):
     first = options(files, num_train_epochs=1, eval_strategy="no", test_file=None)
     assert run(*first).returncode == 0
     card = (files / "out" / "README.md").read_text()
-    assert "## Results" not in card and "train.jsonl" in card
+    assert "On the validation set: validation.jsonl." in card and "train.jsonl" in card
     again = {"model_name_or_path": files / "out", "optim": "adamw_torch", "optim_args": None}
     out = run(*options(files, **again, max_target_length=17))
     assert out.returncode == 2 and "takes 16 tokens at most, not 17: lower" in out.stderr

@@ -245,6 +245,26 @@ def test_mean_over_collected_epochs(
                 check(model, inputs[rows], found, mean)
 
 
+def test_each_epoch_counts_once_in_the_mean(model: nn.Module, inputs: Tensor) -> None:
+    """However often what a batch found is written: with accumulation, and with a checkpoint."""
+    optimizer = create_fngd_optimizer(model, lr=0.1, damping=DAMPING, collect_epochs=2)
+    epochs: list[Tensor] = []
+    for epoch in range(2):
+        optimizer.start_epoch(epoch)
+        found = []
+        for rows in FIRST_EPOCH:
+            optimizer.set_batch(rows)
+            shares(model, inputs[rows]).sum().backward()
+            optimizer.state_dict()
+            found.append(torch.stack(list(gammas(model, inputs[rows]).values()), 1))
+        epochs.append(torch.cat(found))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.allclose(*epochs, rtol=1e-3)
+    expected = (epochs[0] + epochs[1]) / 2
+    assert_same({"γ": optimizer.coefficients.store.values().double()}, {"γ": expected}, **STORED)
+
+
 def test_tempered_weights_are_used_and_stored(
     model: nn.Module, inputs: Tensor, classes: Tensor
 ) -> None:
