@@ -6,6 +6,7 @@ python scripts/readme_tables.py            # rewrites README.md
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -129,7 +130,7 @@ def comparison() -> str:
     Returns:
         Markdown.
     """
-    return _reports(COMPARISONS)
+    return _reports(COMPARISONS, timed=True)
 
 
 def quality() -> str:
@@ -138,16 +139,19 @@ def quality() -> str:
     Returns:
         Markdown.
     """
-    return _reports(STUDIES)
+    return _reports(STUDIES, timed=False)
 
 
-def _reports(titles: Mapping[str, str]) -> str:
+def _reports(titles: Mapping[str, str], timed: bool) -> str:
     parts = []
     for name, title in titles.items():
         folder = RESULTS / name
         lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
-        table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
-        kept = [i for i, cell in enumerate(table[0]) if _is_shown(cell.strip())]
+        # The first table; one of equal time may follow.
+        begin = next(i for i, line in enumerate(lines) if line.startswith("|"))
+        first = itertools.takewhile(lambda line: line.startswith("|"), lines[begin:])
+        table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in first]
+        kept = [i for i, cell in enumerate(table[0]) if _is_shown(cell.strip(), timed)]
         made = [row for row in table if not any(cell.strip().startswith("0 of ") for cell in row)]
         rows = ["| " + " | ".join(row[i].strip() for i in kept) + " |" for row in made]
         rows[1] = "|---" * len(kept) + "|"
@@ -179,10 +183,10 @@ def sharing() -> str:
     return "\n".join(lines)
 
 
-def _is_shown(column: str) -> bool:
-    return column in ("optimizer", "final runs", "s / step") or column.startswith(
-        ("test ", "eval_", "against ")
-    )
+def _is_shown(column: str, timed: bool) -> bool:
+    if column == "s / step" or column.startswith("against "):
+        return timed
+    return column in ("optimizer", "final runs") or column.startswith(("test ", "eval_"))
 
 
 def support() -> str:

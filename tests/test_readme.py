@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -81,3 +82,21 @@ def test_what_is_said_of_old_coefficients_is_so():
     assert len(later) == 12
     for row in later:
         assert row["cos: old"] < row["cos: plain"] < row["cos: shared"], row
+
+
+def test_what_is_said_of_fine_tuning_is_so():
+    assert "cost 0.8 on the second" in README and "standard deviation of each other" in README
+    runs = ROOT / "scripts" / "bench" / "results" / "quality_finetune" / "runs"
+    first, second, loss = {}, {}, {}
+    for label in ("adamw", "muon", "sgd_rms", "fngd_rms"):
+        found = [json.loads(path.read_text()) for path in (runs / label).glob("final-*.json")]
+        assert len(found) == 3 and len(list((runs / label).glob("search-*.json"))) == 12
+        first[label] = [run["test"]["bleu"] for run in found]
+        second[label] = mean(run["test"]["bleu_test_2017_flickr"] for run in found)
+        loss[label] = [run["objective"] for run in found]
+    means = {label: mean(values) for label, values in first.items()}
+    spread = min(stdev(values) for label, values in first.items() if label != "fngd_rms")
+    for label in ("muon", "sgd_rms", "fngd_rms"):
+        assert abs(means[label] - means["adamw"]) < spread, means
+    assert round(second["sgd_rms"] - second["fngd_rms"], 1) == 0.8
+    assert min(loss["fngd_rms"]) > max(loss["sgd_rms"])

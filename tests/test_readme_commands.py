@@ -146,8 +146,9 @@ def world(tmp_path_factory):
             part.save_pretrained(folder / "openai-community/gpt2")
     for name in ("FOLDER", "runs/first", "runs/second", "runs/demo", "runs/demo-adamw"):
         shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
-    for name in ("compare_cifar10", "compare_multi30k"):
-        shutil.copytree(SCRIPTS / "bench/results" / name, folder / "runs" / name)
+    for plan in ("compare_cifar10", "compare_multi30k", "quality_finetune"):
+        copy = f"compare_{plan.removeprefix('compare_')}"
+        shutil.copytree(SCRIPTS / "bench/results" / plan, folder / "runs" / copy)
     return folder
 
 
@@ -225,6 +226,7 @@ LEFT = {
     "hf_fngd compare": ["compare.png"],
     "plans/cifar10.json": ["runs/compare_cifar10/table.md", "runs/compare_cifar10/curves.png"],
     "plans/multi30k.json": ["runs/compare_multi30k/table.md"],
+    "plans/quality_finetune.json": ["runs/compare_quality_finetune/table.md"],
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],
     "write_card.py FOLDER": ["FOLDER/README.md"],
