@@ -169,17 +169,18 @@ def sharing() -> str:
     Returns:
         Markdown.
     """
-    report = json.loads((RESULTS / "coefficient_noise.json").read_text())
     lines = [
-        "| trained for | λ | r, other batch | r, earlier weights | plain gradient "
+        "| | trained for | λ | r, other batch | r, earlier weights | plain gradient "
         "| γ of another batch | and of earlier weights |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     columns = ("r: batch", "r: weights", "cos: plain", "cos: shared", "cos: old")
-    for row in report["results"]["measurements"]:
-        if "cos: old" in row:
-            cells = " | ".join(f"{row[column]:.2f}" for column in columns)
-            lines.append(f"| {row['epochs']} epochs | {row['damping']:g} | {cells} |")
+    for kind, name in (("from scratch", ""), ("fine-tuning", "_finetune")):
+        report = json.loads((RESULTS / f"coefficient_noise{name}.json").read_text())
+        for row in report["results"]["measurements"]:
+            if "cos: old" in row:
+                cells = " | ".join(f"{row[column]:.2f}" for column in columns)
+                lines.append(f"| {kind} | {row['epochs']} epochs | {row['damping']:g} | {cells} |")
     return "\n".join(lines)
 
 

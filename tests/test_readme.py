@@ -75,13 +75,18 @@ def test_what_is_said_of_the_comparison_is_so():
 
 
 def test_what_is_said_of_old_coefficients_is_so():
-    assert "outlive another batch, but not the training" in README
-    file = ROOT / "scripts" / "bench" / "results" / "coefficient_noise.json"
-    rows = json.loads(file.read_text())["results"]["measurements"]
-    later = [row for row in rows if "cos: old" in row]
-    assert len(later) == 12
-    for row in later:
-        assert row["cos: old"] < row["cos: plain"] < row["cos: shared"], row
+    assert "further away, at every damping" in README and "nearer at λ = 0.1" in README
+    later = {}
+    for name in ("", "_finetune"):
+        file = ROOT / "scripts" / "bench" / "results" / f"coefficient_noise{name}.json"
+        rows = json.loads(file.read_text())["results"]["measurements"]
+        later[name] = [row for row in rows if "cos: old" in row]
+        assert all(row["cos: plain"] < row["cos: shared"] for row in rows)
+    assert len(later[""]) == 12 and len(later["_finetune"]) == 6
+    assert all(row["cos: old"] < row["cos: plain"] for row in later[""])
+    for row in later["_finetune"]:
+        nearer = row["cos: old"] - row["cos: plain"]
+        assert nearer > 0.02 if row["damping"] == 0.1 else abs(nearer) < 0.025, row
 
 
 def test_what_is_said_of_fine_tuning_is_so():

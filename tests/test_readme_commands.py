@@ -61,7 +61,9 @@ LENGTHS = {"max_source_length": 16, "max_target_length": 16, "num_beams": 1}
 HEADS = {"attention_heads": 2}
 BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "output": "b.json"}
 SHRINK = {
-    "run_translation": {**TINY, **NET, **HEADS, **LENGTHS, "vocab_size": 200},
+    # As long as what the study of coefficients, which starts from such a model, wants.
+    "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
+                        "max_target_length": 64, "num_beams": 1, "generation_max_length": 16},
     "run_image_classification": {**TINY, "width": 4, "validation_rows": 10},
     "run_clm": {**TINY, **HEADS, "d_model": 16, "layers": 1, "vocab_size": 300, "max_length": 16},
     "run_summarization": {**TINY, **LENGTHS, "max_source_length": 48},
@@ -144,6 +146,10 @@ def world(tmp_path_factory):
         shape = clm.ModelArguments(vocab_size=300, d_model=16, layers=1, attention_heads=2)
         for part in clm.load_model(shape, texts, 16):
             part.save_pretrained(folder / "openai-community/gpt2")
+    with script(SCRIPTS / "run_translation.py") as translation:
+        shape = translation.ModelArguments(vocab_size=200, **NET, **HEADS)
+        for part in translation.load_model(shape, texts, 64, ("en", "de")):
+            part.save_pretrained(folder / "runs/tatoeba-marian-small")
     for name in ("FOLDER", "runs/first", "runs/second", "runs/demo", "runs/demo-adamw"):
         shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
     for plan in ("compare_cifar10", "compare_multi30k", "quality_finetune"):
