@@ -80,6 +80,25 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def rules() -> str:
+    """Makes the table of the update rules' time from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "update_rules.json").read_text())
+    lines = ["| | step | against the first | quartiles |", "|---|---:|---:|---:|"]
+    for name, row in report["results"].items():
+        shown = "torch.optim.AdamW(fused=True)" if name == "adamw" else name
+        lines.append(
+            f"| {shown} | {1000 * row['median_seconds']:.0f} ms | {row['median_ratio']:.2f} | "
+            f"{row['quartile_low']:.2f} to {row['quartile_high']:.2f} |"
+        )
+    shapes = report["workload"]
+    sizes = f"d_model {shapes['d_model']}, {shapes['layers']} + {shapes['layers']} layers"
+    return "\n".join([*lines, "", f"Machine: {report['machine']}, {sizes}."])
+
+
 def methods() -> str:
     """Makes the table of all methods' time and memory from the benchmark results.
 
@@ -218,7 +237,7 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for make in (settings, costs, methods, comparison, quality, sharing, support):
+    for make in (settings, costs, rules, methods, comparison, quality, sharing, support):
         name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

@@ -70,6 +70,7 @@ SHRINK = {
     "compare_optimizers": {"stage": "report"},
     "write_card": {},
     "methods": {**BENCH, "width": 4, "rounds": 1, "memory_repeats": 0},
+    "update_rules": {**NET, "repeats": 2, "warmup": 1, "threads": 1, "output": "b.json"},
     "step_time": {**BENCH, "repeats": 2, "warmup": 1},
     # One of the processes that it starts.
     "memory": {**BENCH, "steps": 1, "variant": "fngd first epoch"},
@@ -233,6 +234,7 @@ LEFT = {
     "plans/cifar10.json": ["runs/compare_cifar10/table.md", "runs/compare_cifar10/curves.png"],
     "plans/multi30k.json": ["runs/compare_multi30k/table.md"],
     "plans/quality_finetune.json": ["runs/compare_quality_finetune/table.md"],
+    "update_rules": ["b.json"],
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],
     "write_card.py FOLDER": ["FOLDER/README.md"],
