@@ -89,9 +89,8 @@ def rules() -> str:
     report = json.loads((RESULTS / "update_rules.json").read_text())
     lines = ["| | step | against the first | quartiles |", "|---|---:|---:|---:|"]
     for name, row in report["results"].items():
-        shown = "torch.optim.AdamW(fused=True)" if name == "adamw" else name
         lines.append(
-            f"| {shown} | {1000 * row['median_seconds']:.0f} ms | {row['median_ratio']:.2f} | "
+            f"| {name} | {1000 * row['median_seconds']:.0f} ms | {row['median_ratio']:.2f} | "
             f"{row['quartile_low']:.2f} to {row['quartile_high']:.2f} |"
         )
     shapes = report["workload"]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import HfArgumentParser
 from workload import VARIANTS, Workload, make_step, write_results
@@ -25,18 +27,19 @@ class Options:
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
 
-def measure(workload: Workload, options: Options) -> dict[str, list[float]]:
-    """Times all variants, interleaved.
+def interleave(
+    steps: Mapping[str, Callable[[], object]], options: Options
+) -> dict[str, list[float]]:
+    """Times steps in turns.
 
     Args:
-        workload: Shapes.
+        steps: What is timed, by variant.
         options: Number of rounds.
 
     Returns:
         Seconds of every timed step, by variant.
     """
-    steps = {name: make_step(workload, name) for name in VARIANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(options.warmup + options.repeats):
         for name, step in steps.items():
             begin = time.perf_counter()
@@ -46,18 +49,19 @@ def measure(workload: Workload, options: Options) -> dict[str, list[float]]:
     return seconds
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Gives medians, and quartiles of the ratios to AdamW.
+def summarise(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Gives medians, and quartiles of the ratios to the first variant.
 
     Args:
-        seconds: Result of `measure`.
+        seconds: Result of `interleave`.
 
     Returns:
         Numbers by variant.
     """
+    first = next(iter(seconds.values()))
     table = {}
     for name, values in seconds.items():
-        ratios = [one / base for one, base in zip(values, seconds["adamw"], strict=True)]
+        ratios = [one / base for one, base in zip(values, first, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         table[name] = {
             "median_seconds": statistics.median(values),
@@ -68,18 +72,29 @@ def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return table
 
 
+def report(steps: Mapping[str, Callable[[], object]], options: Options, workload: Any) -> None:
+    """Times steps in turns, prints a table and writes the results.
+
+    Args:
+        steps: What is timed, by variant; ratios are to the first.
+        options: Number of rounds, and the file.
+        workload: Dataclass of shapes, with `threads`.
+    """
+    table = summarise(interleave(steps, options))
+    print(f"{'variant':<34}{'step':>10}{'ratio':>8}   quartiles")
+    for name, row in table.items():
+        print(
+            f"{name:<34}{1000 * row['median_seconds']:>7.1f} ms{row['median_ratio']:>8.3f}"
+            f"   {row['quartile_low']:.3f}-{row['quartile_high']:.3f}"
+        )
+    write_results(options.output, workload, table)
+
+
 def main() -> None:
     """Runs the benchmark from the command line."""
     parser = HfArgumentParser([Workload, Options], description=__doc__)
     workload, options = parser.parse_args_into_dataclasses()
-    table = summarise(measure(workload, options))
-    print(f"{'variant':<28}{'step':>10}{'ratio':>8}   quartiles")
-    for name, row in table.items():
-        print(
-            f"{name:<28}{1000 * row['median_seconds']:>7.1f} ms{row['median_ratio']:>8.3f}"
-            f"   {row['quartile_low']:.3f}-{row['quartile_high']:.3f}"
-        )
-    write_results(options.output, workload, table)
+    report({name: make_step(workload, name) for name in VARIANTS}, options, workload)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ the same round. The weights are those of a Transformer's linear layers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from step_time import summarise
+from step_time import Options, report
 from torch import Tensor
 from transformers import HfArgumentParser
-from workload import write_results
 
 from hf_fngd.update_rules import apply_rule
 
@@ -30,15 +28,6 @@ class Weights:
     ffn_dim: int = field(default=2048, metadata={"help": "Width of its feed-forward blocks."})
     layers: int = field(default=6, metadata={"help": "Encoder layers, and as many decoder layers."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
-
-
-@dataclass
-class Options:
-    """How often, and where to."""
-
-    repeats: int = field(default=20, metadata={"help": "Timed rounds."})
-    warmup: int = field(default=3, metadata={"help": "Rounds before the first timed one."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
 
 GROUP = {
@@ -68,7 +57,9 @@ def make(shapes: Weights) -> dict[str, Callable[[], None]]:
         A step of each.
     """
     steps: dict[str, Callable[[], None]] = {
-        "adamw": torch.optim.AdamW(weights(shapes), 1e-3, weight_decay=0.0, fused=True).step,
+        "torch.optim.AdamW(fused=True)": torch.optim.AdamW(
+            weights(shapes), 1e-3, weight_decay=0.0, fused=True
+        ).step,
         "torch.optim.AdamW(fused=False)": torch.optim.AdamW(
             weights(shapes), 1e-3, weight_decay=0.0, fused=False
         ).step,
@@ -113,21 +104,7 @@ def main() -> None:
     parser = HfArgumentParser([Weights, Options], description=__doc__)
     shapes, options = parser.parse_args_into_dataclasses()
     torch.set_num_threads(shapes.threads)
-    steps = make(shapes)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(options.warmup + options.repeats):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if round_number >= options.warmup:
-                seconds[name].append(time.perf_counter() - begin)
-    table = summarise(seconds)
-    for name, row in table.items():
-        print(
-            f"{name:<34}{1000 * row['median_seconds']:>7.1f} ms{row['median_ratio']:>8.2f}"
-            f"   {row['quartile_low']:.2f}-{row['quartile_high']:.2f}"
-        )
-    write_results(options.output, shapes, table)
+    report(make(shapes), options, shapes)
 
 
 if __name__ == "__main__":
