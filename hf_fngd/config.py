@@ -90,6 +90,13 @@ class FNGDConfig(OptimizerConfig):
     gram_memory_mb: int = setting(
         256, "Upper bound in MiB of the workspace of one layer's Gram matrix.", at_least=1
     )
+    gram_outputs: int | None = setting(
+        None,
+        "Output features, drawn anew for every layer and step, from which its Gram matrix is "
+        "estimated without bias: a cheaper first epoch; default: all, exactly.",
+        at_least=1,
+        resumed=True,
+    )
     store_dtype: str = setting(
         "float32",
         "Precision of stored coefficients: float32 or float16.",
@@ -114,6 +121,11 @@ class FNGDConfig(OptimizerConfig):
                 f"refresh_every={self.refresh_every} is less than collect_epochs="
                 f"{self.collect_epochs}: coefficients would be computed in every epoch; "
                 "set share=none for that"
+            )
+        if self.fisher_unit == "token" and self.gram_outputs is not None:
+            raise FNGDError(
+                "gram_outputs goes with fisher_unit=sample; with fisher_unit=token set "
+                "gram_route=nystrom and num_landmarks for a cheaper Gram matrix"
             )
         if self.fisher_unit == "token" and self.share not in ("none", "label"):
             raise FNGDError(

@@ -7,6 +7,8 @@ With U = [u_1 … u_N] the per-sample weight gradients of one layer, K = UᵀU i
   memory than they are given (no u_n remains to form the weighted gradient from);
 * the Hadamard route: K_nm = Σ_ts (a_nt·a_ms)(g_nt·g_ms), which needs no u_n at all.
 
+Since K is a sum over output features, a random part of them, scaled up, estimates it without bias.
+
 Inputs are in the canonical layout `[G, N, T, d]` of `hf_fngd.layers`. Costs: with flops counted as
 multiply-adds, direct N·d_in·d_out·(T + N), Hadamard N²·T²·(d_in + d_out).
 """
@@ -72,7 +74,13 @@ def choose_route(n: int, t: int, d_in: int, d_out: int) -> str:
 
 
 def sample_gram(
-    a: Tensor, g: Tensor, *, bias: bool, route: str = "auto", memory_bytes: int = 2**28
+    a: Tensor,
+    g: Tensor,
+    *,
+    bias: bool,
+    route: str = "auto",
+    memory_bytes: int = 2**28,
+    outputs: Tensor | None = None,
 ) -> SampleGram:
     """Forms K of per-sample gradients, positions summed within each sample.
 
@@ -82,21 +90,24 @@ def sample_gram(
         bias: Whether the layer's bias is part of the block: adds (Σ_t g)(Σ_t g)ᵀ.
         route: `auto`, `direct` or `hadamard`.
         memory_bytes: Bound on the workspace; larger problems are done in blocks.
+        outputs: Numbers of the output features (in every group) that K is estimated from, drawn
+            without preference; None: all of them. The bias' part, being cheap, is always exact.
 
     Returns:
         K, and the per-sample gradients if they were materialised as a whole.
     """
     _, n, t, d_in = a.shape
+    part = g if outputs is None else g[..., outputs] * (g.shape[-1] / len(outputs)) ** 0.5
     if route == "auto":
-        route = choose_route(n, t, d_in, g.shape[-1])
+        route = choose_route(n, t, d_in, part.shape[-1])
     if route == "hadamard":
-        per_sample, matrix = None, _hadamard(a, g, memory_bytes)
+        per_sample, matrix = None, _hadamard(a, part, memory_bytes)
     else:
-        per_sample, matrix = _direct(a, g, memory_bytes)
+        per_sample, matrix = _direct(a, part, memory_bytes)
     if bias:
         sums = g.sum(2)
         matrix = matrix + torch.einsum("gnd,gmd->nm", sums, sums)
-    return SampleGram(matrix, per_sample)
+    return SampleGram(matrix, per_sample if outputs is None else None)
 
 
 def _direct(a: Tensor, g: Tensor, memory_bytes: int) -> tuple[Tensor | None, Tensor]:

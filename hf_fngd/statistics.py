@@ -86,13 +86,13 @@ class Statistics:
         """Share of this epoch's samples with stored coefficients; None if none were looked up."""
         return self.rows_known / self.rows_seen if self.rows_seen else None
 
-    def count_solution(self, gamma: Tensor, solution: Solution) -> None:
+    def count_solution(self, solution: Solution) -> None:
         """Adds one layer's coefficients.
 
         Args:
-            gamma: The coefficients.
-            solution: How they came about.
+            solution: The coefficients, and how they came about.
         """
+        gamma = solution.gamma
         self.nonfinite += not solution.finite
         self.fallbacks += solution.fallback
         if solution.finite:

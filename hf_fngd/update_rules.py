@@ -40,7 +40,11 @@ def sgd_rule(
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
     if group["update_scale"] == "rms":
-        _rms_sgd(params, grads, states, group)
+        # On a CPU one weight after the other, whose update is then still in the cache.
+        size = 1 if all(p.device.type == "cpu" for p in params) else len(params)
+        for i in range(0, len(params), size):
+            part = slice(i, i + size)
+            _rms_sgd(params[part], grads[part], states[part], group)
         return
     buffers = [state.get("momentum_buffer") for state in states]
     sgd(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_fngd import coefficients, compiled, gram
+from hf_fngd import compiled
 from hf_fngd.batches import TrackedLayer
 from hf_fngd.capture import backward_pass
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
+from hf_fngd.layer_solver import Draws, solve_samples, solve_tokens
 from hf_fngd.layers import Call, LinearAdapter, gather_calls, sum_gradients
 from hf_fngd.mean_store import MeanStore
 from hf_fngd.packing import check_row, spread
@@ -190,63 +190,17 @@ class LayerState(TrackedLayer[FNGDState]):
             check_row(self.name, self.adapter.positions(given), batch.lengths)
         a, g = gather_calls(self.adapter, calls, batch.lengths)
         _, n, t, _ = a.shape
-        memory = config.gram_memory_mb * 2**20
         kappa = n * state.accumulation
-        per_sample = None
+        draws = Draws(config.seed, state.steps, self.number)
+        per_sample = alive = None
         if config.fisher_unit == "sample":
-            route = config.gram_route
-            matrix, per_sample = gram.sample_gram(a, g, bias=bias, route=route, memory_bytes=memory)
-            solution = coefficients.solve(
-                matrix, damping=config.damping, mode=config.damping_mode, kappa=kappa
-            )
-            gamma = self._temper(solution.gamma)
-            alive = None
+            solution, per_sample = solve_samples(config, a, g, bias=bias, kappa=kappa, draws=draws)
         else:
-            norms = gram.token_norms(a, g, bias=bias)
-            # Padding has no gradient: it is no sample and no landmark.
-            alive = norms > 0
-            solution = self._solve_tokens(a, g, bias, norms, kappa * t)
-            gamma, alive = solution.gamma.view(n, t), alive.view(n, t)
-        state.statistics.count_solution(gamma, solution)
+            solution, alive = solve_tokens(config, a, g, bias=bias, kappa=kappa * t, draws=draws)
+        state.statistics.count_solution(solution)
         if solution.finite:
-            self._remember(batch, gamma, alive, calls)
-        return gamma, per_sample
-
-    def _temper(self, gamma: Tensor) -> Tensor:
-        config = self.state.config
-        return coefficients.temper(
-            gamma, scale=config.gamma_scale, maximum=config.gamma_max, power=config.gamma_power
-        )
-
-    def _solve_tokens(
-        self, a: Tensor, g: Tensor, bias: bool, norms: Tensor, kappa: float
-    ) -> coefficients.Solution:
-        config, state = self.state.config, self.state
-        alive = norms.nonzero().squeeze(1)
-        count = max(1, len(alive))
-        options: dict[str, Any] = {
-            "damping": config.damping,
-            "mode": config.damping_mode,
-            "kappa": kappa * count / len(norms),
-        }
-        exact = config.gram_route == "exact" or (
-            config.gram_route == "auto" and len(alive) <= 2 * config.num_landmarks
-        )
-        groups = len(a)
-        a, g = a.reshape(groups, -1, 1, a.shape[-1]), g.reshape(groups, -1, 1, g.shape[-1])
-        a, g = a[:, alive], g[:, alive]
-        if exact or len(alive) == 0:
-            solution = coefficients.solve(gram.token_gram(a, g, a, g, bias=bias), **options)
-        else:
-            seed = (config.seed * 1_000_003 + state.steps) * 1_000_003 + self.number
-            generator = torch.Generator().manual_seed(seed % 2**63)
-            chosen = torch.randperm(len(alive), generator=generator)[: config.num_landmarks]
-            chosen = chosen.to(a.device)
-            columns = gram.token_gram(a, g, a[:, chosen], g[:, chosen], bias=bias)
-            solution = coefficients.solve_nystrom(columns, chosen, norms.sum(), count, **options)
-        gamma = torch.ones_like(norms)
-        gamma[alive] = self._temper(solution.gamma)
-        return solution._replace(gamma=gamma)
+            self._remember(batch, solution.gamma, alive, calls)
+        return solution.gamma, per_sample
 
     def _remember(
         self, batch: Batch, gamma: Tensor, alive: Tensor | None, calls: list[Call]

@@ -28,6 +28,7 @@ REFUSED = {
     "refresh_every": [-1, 1.5, True, None],
     "num_landmarks": [0, -5, 2.5, None],
     "gram_memory_mb": [0, -1, 0.5, None],
+    "gram_outputs": [0, -1, 0.5],
     "other_lr": [-1e-3, NAN, INF],
     "num_samples": [0, -1, 10.5],
     "nesterov": ["yes"],
@@ -108,6 +109,10 @@ def test_allowed(values: dict[str, Any]) -> None:
         ({"fisher_unit": "token"}, ["share=sample", "fisher_unit=token", "label"]),
         ({"fisher_unit": "token", "share": "position"}, ["share=position", "none"]),
         ({"fisher_unit": "token", "share": "layer"}, ["share=layer", "none"]),
+        (
+            {"fisher_unit": "token", "share": "none", "gram_outputs": 8},
+            ["gram_outputs", "fisher_unit=sample", "nystrom"],
+        ),
         ({"gram_route": "nystrom"}, ["gram_route=nystrom", "fisher_unit=sample", "direct"]),
         ({"gram_route": "exact"}, ["gram_route=exact", "hadamard"]),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -115,6 +117,31 @@ def test_token_gram_and_norms(shape: tuple[int, ...], bias: bool) -> None:
     torch.testing.assert_close(
         token_norms(a, g, bias=bias), expected.diagonal(), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("route", ["direct", "hadamard"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_estimates_over_all_draws_average_to_the_matrix(
+    shape: tuple[int, ...], bias: bool, route: str
+) -> None:
+    a, g = tensors(shape)
+    d_out = shape[-1]
+    for count in range(1, d_out + 1):
+        draws = [torch.tensor(c) for c in itertools.combinations(range(d_out), count)]
+        found = [sample_gram(a, g, bias=bias, route=route, outputs=draw) for draw in draws]
+        mean = torch.stack([one.matrix for one in found]).mean(0)
+        torch.testing.assert_close(mean, loop(a, g, bias), rtol=1e-10, atol=1e-10)
+        # What would be wrong weights' material: gradients of some outputs only.
+        assert all(one.per_sample is None for one in found)
+
+
+def test_estimate_is_a_gram_matrix() -> None:
+    a, g = tensors((1, 9, 4, 3, 7))
+    values = torch.linalg.eigvalsh(
+        sample_gram(a, g, bias=True, outputs=torch.tensor([5, 2])).matrix
+    )
+    assert values.min() > -1e-10 * values.max()
 
 
 def test_inputs_are_left_alone() -> None:

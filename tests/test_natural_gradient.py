@@ -170,6 +170,29 @@ def test_landmarks_follow_the_seed(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear tokens", "conv1d tokens", "groups", "same odd"])
+def test_as_many_gram_outputs_as_there_are_give_the_exact_gradient(name: str) -> None:
+    check(*case(name), gram_outputs=1000)
+
+
+def test_gram_outputs_follow_seed_and_step() -> None:
+    torch.manual_seed(0)
+    model, x = case("linear tokens")
+    optimizer = create_fngd_optimizer(
+        model, lr=0.0, momentum=0.0, share="none", gram_outputs=1, target_modules="layer", seed=3
+    )
+    gradients = []
+    for step in (0, 0, 1):
+        optimizer.coefficients.steps = step
+        torch.rand(len(gradients))
+        model.shares(x, True).sum().backward()
+        gradients.append(model.layer.weight.grad.clone())
+        optimizer.zero_grad()
+        optimizer.coefficients.forget_batch()
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("name", ["linear tokens", "conv1d tokens", "groups", "same odd"])
 def test_damping_goes_to_the_plain_gradient(name: str) -> None:
     model, x = case(name)
     plain = torch.autograd.grad(model.shares(x, False).sum(), list(model.layer.parameters()))
