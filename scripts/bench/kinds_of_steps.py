@@ -79,6 +79,7 @@ class Runner:
     """
 
     def __init__(self, label: str, workload: Workload) -> None:
+        self.workload = workload
         self.model, self.batch = workload.model(), workload.batch()
         rate, settings = workload.learning_rate, VARIANTS[label].settings
         self.peer: Any = None
@@ -89,9 +90,9 @@ class Runner:
                 self.model, lr=rate, **settings
             )
         elif label == "adamw":
-            self.optimizer = torch.optim.AdamW(parameters, lr=rate)
+            self.optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
         else:
-            self.optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+            self.optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, fused=True)
         if label == "kfac-pytorch":
             from kfac.preconditioner import KFACPreconditioner
 
@@ -138,7 +139,7 @@ class Runner:
         """Trains one step."""
         if isinstance(self.optimizer, FNGD):
             self.optimizer.set_batch(range(len(next(iter(self.batch.values())))))
-        self.model(**self.batch).loss.backward()
+        self.workload.loss(self.model, self.batch).backward()
         if self.peer is not None:
             self.peer.step()
         self.optimizer.step()

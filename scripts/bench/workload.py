@@ -4,118 +4,86 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MarianConfig, MarianMTModel, PreTrainedModel, set_seed
+from models import MODELS
+from transformers import set_seed
 
 from hf_fngd import FNGD, create_fngd_optimizer
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification  # noqa: E402
-
-
-def cifar_resnet18(width: int, classes: int) -> PreTrainedModel:
-    """Builds ResNet-18 for 32x32 images.
-
-    Args:
-        width: Channels of the first stage.
-        classes: Number of classes.
-
-    Returns:
-        The model.
-    """
-    return CifarResNetForImageClassification(
-        CifarResNetConfig(
-            embedding_size=width,
-            hidden_sizes=[width * factor for factor in (1, 2, 4, 8)],
-            depths=[2, 2, 2, 2],
-            layer_type="basic",
-            num_labels=classes,
-            problem_type="single_label_classification",
-        )
-    )
 
 
 @dataclass
 class Workload:
-    """Shapes of a model and its batch: a translation model, or ResNet-18 for 32x32 images."""
+    """Shapes of a model and its batch."""
 
-    shapes: str = field(default="marian", metadata={"help": "marian or resnet18."})
+    shapes: str = field(default="marian", metadata={"help": f"One of {', '.join(MODELS)}."})
     width: int = field(default=64, metadata={"help": "ResNet-18: channels of the first stage."})
     classes: int = field(default=100, metadata={"help": "ResNet-18: number of classes."})
 
-    d_model: int = field(default=256, metadata={"help": "Width of the Marian model."})
+    d_model: int = field(default=256, metadata={"help": "Width of a Transformer."})
     ffn_dim: int = field(default=1024, metadata={"help": "Width of its feed-forward blocks."})
-    layers: int = field(default=3, metadata={"help": "Encoder layers, and as many decoder layers."})
-    vocab_size: int = field(default=8000, metadata={"help": "Size of the joint vocabulary."})
-    batch_size: int = field(default=64, metadata={"help": "Sentence pairs a batch."})
-    length: int = field(default=20, metadata={"help": "Tokens of each sentence."})
+    layers: int = field(default=3, metadata={"help": "Its layers (marian: twice as many)."})
+    vocab_size: int = field(default=8000, metadata={"help": "Size of its vocabulary."})
+    lora_rank: int = field(default=16, metadata={"help": "lora: rank of the adapters."})
+    batch_size: int = field(default=64, metadata={"help": "Samples a batch."})
+    length: int = field(default=20, metadata={"help": "Tokens of each sample."})
+    bf16: bool = field(default=False, metadata={"help": "Forward under autocast to bfloat16."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of all optimizers."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
 
-    def model(self) -> PreTrainedModel:
+    def __post_init__(self) -> None:
+        if self.shapes not in MODELS:
+            raise ValueError(f"--shapes {self.shapes}: choose one of {', '.join(MODELS)}")
+
+    def model(self) -> torch.nn.Module:
         """Builds the model, with the same random weights at every call.
 
         Returns:
             The model in training mode.
-
-        Raises:
-            SystemExit: For unknown shapes.
         """
         set_seed(0)
         torch.set_num_threads(self.threads)
-        if self.shapes == "resnet18":
-            return cifar_resnet18(self.width, self.classes).train()
-        if self.shapes != "marian":
-            raise SystemExit(f"--shapes {self.shapes}: choose marian or resnet18")
-        config = MarianConfig(
-            vocab_size=self.vocab_size,
-            d_model=self.d_model,
-            encoder_layers=self.layers,
-            decoder_layers=self.layers,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=self.ffn_dim,
-            decoder_ffn_dim=self.ffn_dim,
-            max_position_embeddings=max(64, self.length),
-            pad_token_id=self.vocab_size - 1,
-            eos_token_id=0,
-            decoder_start_token_id=self.vocab_size - 1,
-        )
-        return MarianMTModel(config).train()
+        return MODELS[self.shapes][0](self).train()
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Draws a batch of random tokens, or images.
+        """Draws a batch.
 
         Returns:
             Inputs and labels.
         """
-        if self.shapes == "resnet18":
-            return {
-                "pixel_values": torch.randn(self.batch_size, 3, 32, 32),
-                "labels": torch.randint(0, self.classes, (self.batch_size,)),
-            }
-        shape = (self.batch_size, self.length)
-        source, target = torch.randint(1, self.vocab_size - 1, (2, *shape))
-        return {
-            "input_ids": source,
-            "attention_mask": torch.ones_like(source),
-            "labels": target,
-        }
+        return MODELS[self.shapes][1](self)
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Runs the model forward.
+
+        Args:
+            model: The model.
+            batch: Inputs and labels.
+
+        Returns:
+            Its loss.
+        """
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return model(**batch).loss
 
 
+_RMS = {"update_rule": "sgd", "update_scale": "rms"}
 # Name, phase (collect: first epoch; reuse: later epochs) and settings. None is torch's AdamW.
 VARIANTS: dict[str, tuple[str, dict[str, object]] | None] = {
     "adamw": None,
     "fngd_adamw later epochs": ("reuse", {"update_rule": "adamw"}),
     "fngd_adamw first epoch": ("collect", {"update_rule": "adamw"}),
-    "fngd later epochs": ("reuse", {"update_rule": "sgd", "update_scale": "rms"}),
-    "fngd first epoch": ("collect", {"update_rule": "sgd", "update_scale": "rms"}),
+    "fngd_adamw first epoch, gram_outputs=64": (
+        "collect",
+        {"update_rule": "adamw", "gram_outputs": 64},
+    ),
+    "fngd later epochs": ("reuse", {"update_rule": "sgd"}),
+    "fngd later epochs, update_scale=rms": ("reuse", _RMS),
+    "fngd first epoch, update_scale=rms": ("collect", _RMS),
 }
 
 
@@ -134,26 +102,28 @@ def make_step(workload: Workload, variant: str, backend: str | None = None) -> C
     if backend is not None:
         model.compile(backend=backend)
     choice = VARIANTS[variant]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if choice is None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=workload.learning_rate)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            parameters, lr=workload.learning_rate, fused=True
+        )
     else:
         optimizer = create_fngd_optimizer(
             model, lr=workload.learning_rate, num_samples=workload.batch_size, **choice[1]
         )
-        if choice[0] == "reuse":
-            _train(model, optimizer, batch)
-            optimizer.start_epoch(1)
-    return lambda: _train(model, optimizer, batch)
 
+    def step() -> None:
+        if isinstance(optimizer, FNGD):
+            optimizer.set_batch(range(workload.batch_size))
+        workload.loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-def _train(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
-) -> None:
-    if isinstance(optimizer, FNGD):
-        optimizer.set_batch(range(len(batch["input_ids"])))
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    if choice is not None and choice[0] == "reuse":
+        step()
+        assert isinstance(optimizer, FNGD)
+        optimizer.start_epoch(1)
+    return step
 
 
 def write_results(path: str | None, workload: Any, results: dict[str, Any]) -> None:

@@ -1,0 +1,75 @@
+"""Step time of FNGD against AdamW(fused=True) on many shapes, one after the other.
+
+    python scripts/bench/budgets.py --output scripts/bench/results/step_time
+
+For each shape step_time.py runs in a process of its own, and writes OUTPUT/NAME.json; for those in
+MEMORY memory.py writes OUTPUT/../memory/NAME.json.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+HERE = Path(__file__).resolve().parent
+_PAPER = "--d_model 512 --ffn_dim 2048 --layers 6"
+# Flags of the workload by name. Where a step takes seconds, fewer rounds are timed.
+SHAPES = {
+    "marian_256_b64": "--repeats 25",
+    "marian_512_b32": f"{_PAPER} --batch_size 32 --repeats 15",
+    "marian_512_b64": f"{_PAPER} --batch_size 64 --repeats 10",
+    "marian_512_b128": f"{_PAPER} --batch_size 128 --repeats 7",
+    "marian_512_b32_bf16": f"{_PAPER} --batch_size 32 --bf16 --repeats 15",
+    "opus_mt_b32": f"{_PAPER} --batch_size 32 --vocab_size 58101 --repeats 7",
+    "gpt2_blocks_b8": "--shapes gpt2 --d_model 768 --ffn_dim 3072 --layers 2 --batch_size 8 "
+    "--length 512 --repeats 5",
+    "resnet18_b128": "--shapes resnet18 --batch_size 128 --repeats 7",
+    "lora_7b_block_b4": "--shapes lora --d_model 4096 --ffn_dim 11008 --layers 1 --batch_size 4 "
+    "--length 128 --repeats 5",
+}
+MEMORY = ("marian_256_b64", "marian_512_b32", "gpt2_blocks_b8", "resnet18_b128", "lora_7b_block_b4")
+
+
+@dataclass
+class Options:
+    """What is measured, and where to."""
+
+    output: str = field(metadata={"help": "Folder for the results."})
+    only: list[str] | None = field(default=None, metadata={"help": "Names of shapes."})
+    threads: int = field(default=2, metadata={"help": "Threads of torch."})
+
+
+def run(script: str, flags: list[str], threads: int, output: Path) -> None:
+    """Runs a benchmark in a process of its own.
+
+    Args:
+        script: Its file name.
+        flags: Of the workload.
+        threads: Threads of torch.
+        output: JSON file.
+    """
+    command = [sys.executable, str(HERE / script), *flags]
+    print(f"{output.stem}: {script}", flush=True)
+    subprocess.run([*command, "--threads", str(threads), "--output", str(output)], check=True)
+
+
+def main() -> None:
+    """Runs all shapes."""
+    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()
+    folder = Path(options.output)
+    for name, words in SHAPES.items():
+        if options.only is None or name in options.only:
+            flags = words.split()
+            run("step_time.py", flags, options.threads, folder / f"{name}.json")
+            if name in MEMORY:
+                at = flags.index("--repeats")
+                del flags[at : at + 2]
+                run("memory.py", flags, options.threads, folder.parent / "memory" / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()

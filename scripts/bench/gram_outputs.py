@@ -1,0 +1,147 @@
+"""What `gram_outputs` costs in quality: γ, the direction and the training loss, against the exact.
+
+    python scripts/bench/gram_outputs.py --model_name_or_path runs/tatoeba-marian-small \
+        --output scripts/bench/results/gram_outputs.json
+
+Real sentence pairs, a Marian whose layers have `d_model` or four times as many outputs. For each
+number of outputs
+
+- at the weights that training starts from: correlation of the estimated γ with the exact one over
+  pairs, and cosines with the natural gradient of a batch, averaged over layers; what the plain
+  gradient reaches is beside them.
+- after `--epochs` of training with `share=sample, update_scale=rms`: training loss of the last
+  epoch, mean and deviation over seeds, and its ratio to the exact one's.
+
+What it saves is in the results of step_time.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from coefficient_noise import Data, Options, Study, correlation, cosine, gradients, table
+from tabulate import tabulate
+from transformers import HfArgumentParser, set_seed
+from workload import write_results
+
+from hf_fngd import create_fngd_optimizer
+
+
+@dataclass
+class Estimates(Study):
+    """Data, model and training; the dampings are those of the first comparison."""
+
+    outputs: list[int] = field(
+        default_factory=lambda: [16, 32, 64, 128], metadata={"help": "Values of gram_outputs."}
+    )
+    dampings: list[float] = field(
+        default_factory=lambda: [0.1, 1.0], metadata={"help": "Relative λ."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of the selected weights."})
+    epochs: int = field(default=3, metadata={"help": "Epochs of training."})  # type: ignore[assignment]
+    seeds: int = field(default=3, metadata={"help": "Trainings of each."})
+
+
+def directions(data: Data, damping: float, outputs: int, probed: int) -> dict[str, float]:
+    """Compares estimated with exact coefficients of some batches.
+
+    Args:
+        data: The pairs and the model.
+        damping: Relative λ.
+        outputs: Value of gram_outputs.
+        probed: Number of batches.
+
+    Returns:
+        Mean correlation and cosines.
+    """
+    found: dict[str, list[float]] = {"r": [], "cos": [], "cos: plain": []}
+    for batch in itertools.islice(data.batches(0), probed):
+        gammas, natural = [], []
+        for some in (None, outputs):
+            optimizer = create_fngd_optimizer(
+                data.model, lr=0.0, damping=damping, gram_outputs=some, num_samples=len(data.rows)
+            )
+            natural.append(gradients(data, optimizer, batch))
+            optimizer.start_epoch(1)
+            store = optimizer.coefficients.store
+            gammas.append(table(optimizer)[store.locate(batch[0].tolist(), create=False)])
+        found["r"].append(correlation(*gammas))
+        found["cos"].append(cosine(*natural))
+        found["cos: plain"].append(cosine(gradients(data, None, batch), natural[0]))
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+def train(data: Data, study: Estimates, damping: float, outputs: int | None, seed: int) -> float:
+    """Trains a copy of the model.
+
+    Args:
+        data: The pairs and the model, which ends as it was.
+        study: Settings.
+        damping: Relative λ.
+        outputs: Value of gram_outputs.
+        seed: Of the order of pairs, and of the outputs.
+
+    Returns:
+        Mean loss of the last epoch.
+    """
+    start = {name: value.clone() for name, value in data.model.state_dict().items()}
+    optimizer = create_fngd_optimizer(
+        data.model,
+        lr=study.learning_rate,
+        other_lr=study.other_lr,
+        update_scale="rms",
+        damping=damping,
+        gram_outputs=outputs,
+        num_samples=len(data.rows),
+        seed=seed,
+    )
+    losses: list[float] = []
+    for epoch in range(study.epochs):
+        optimizer.start_epoch(epoch)
+        losses.clear()
+        for rows, inputs in data.batches(1000 * seed + epoch):
+            optimizer.set_batch(rows)
+            loss = data.model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    optimizer.detach()
+    data.model.load_state_dict(start)
+    return statistics.mean(losses)
+
+
+def main() -> None:
+    """Runs the study from the command line."""
+    parser = HfArgumentParser([Estimates, Options], description=__doc__)
+    study, options = parser.parse_args_into_dataclasses()
+    torch.set_num_threads(study.threads)
+    set_seed(0)
+    data = Data(study)
+    chosen = create_fngd_optimizer(data.model, lr=0.0)
+    chosen.detach()
+    data.weights = [f"{path}.weight" for path in chosen.selection.chosen]
+    rows: list[dict[str, Any]] = []
+    for damping in study.dampings:
+        exact: list[float] = []
+        for outputs in (None, *study.outputs):
+            row: dict[str, Any] = {"damping": damping, "outputs": outputs}
+            if outputs is not None:
+                row |= directions(data, damping, outputs, study.probed)
+            losses = [train(data, study, damping, outputs, seed) for seed in range(study.seeds)]
+            exact = exact or losses
+            ratios = [one / other for one, other in zip(losses, exact, strict=True)]
+            row |= {"loss": statistics.mean(losses), "ratio": statistics.mean(ratios)}
+            row["deviation"] = statistics.pstdev(ratios)
+            rows.append(row)
+            print(row, flush=True)
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4f"))
+    write_results(options.output, study, {"measurements": rows})
+
+
+if __name__ == "__main__":
+    main()
