@@ -40,6 +40,7 @@ class Options:
 
     output: str = field(metadata={"help": "Folder for the results."})
     only: list[str] | None = field(default=None, metadata={"help": "Names of shapes."})
+    flags: str = field(default="", metadata={"help": "Further flags, for all of them."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     folder = Path(options.output)
     for name, words in SHAPES.items():
         if options.only is None or name in options.only:
-            flags = words.split()
+            flags = [*words.split(), *options.flags.split()]
             run("step_time.py", flags, options.threads, folder / f"{name}.json")
             if name in MEMORY:
                 at = flags.index("--repeats")
