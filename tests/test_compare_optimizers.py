@@ -463,6 +463,30 @@ def test_equal_time(bench):
     assert bench.run("--stage", "timed") == 0 and bench.calls()[count:] == ["fngd 2 True"]
 
 
+def test_plan_without_trials_runs_what_it_says(bench):
+    first = {"optim": "plain", "settings": {"learning_rate": 0.5, "seed": 7}}
+    second = {"optim": "fngd", "optim_args": {"damping": 2}, "settings": {"warmup_steps": 9}}
+    bench.plan["base"]["learning_rate"] = 0.25
+    bench.plan |= {"trials": 0, "optimizers": {"first": first, "second": second}}
+    assert bench.run() == 0, bench.said.err
+    assert bench.calls() == ["plain 1 True", "fngd 1 True", "plain 2 True", "fngd 2 True"]
+    settings = bench.result("first", "final-seed2")["settings"]
+    assert settings["learning_rate"] == 0.5 and settings["seed"] == 2
+    settings = bench.result("second", "final-seed1")["settings"]
+    assert settings["warmup_steps"] == 9 and settings["optim_args"] == "damping=2"
+    cells = bench.cells("second")
+    assert cells["learning rate"] == "0.25" and cells["final runs"] == "2 of 2"
+    assert cells["other settings"] == "warmup_steps=9, damping=2" and cells["trials"] == "0"
+    text = (bench.results / "table.md").read_text()
+    assert "without a search" in text and "smallest" not in text
+    assert not (bench.results / "search.md").exists()
+    assert (bench.results / "curves.png").exists()
+    # The same command makes nothing anew; changed settings are refused.
+    assert bench.run() == 0 and len(bench.calls()) == 4
+    first["settings"]["learning_rate"] = 0.6
+    assert "first" in bench.refused()
+
+
 def entry(**changes):
     return {"sgd": {"optim": "plain", "search": {"learning_rate": [0.1, 1.0]}, **changes}}
 
@@ -471,7 +495,7 @@ BAD = {
     "unknown name": ({"trails": 3}, "the plan has an unknown name 'trails': valid are script"),
     "no optimizers": ({"optimizers": {}}, "optimizers is empty"),
     "no such objective": ({"objective": "test_loss"}, "objective 'test_loss' is not known: choose"),
-    "no trials": ({"trials": 0}, "trials must be a whole number of at least 1, not 0"),
+    "less than no trials": ({"trials": -1}, "trials must be a whole number of at least 0, not -1"),
     "trials no number": ({"trials": "3"}, "trials must be a whole number .*, not '3'"),
     "seeds twice": ({"final_seeds": [1, 1]}, "final_seeds must be one or more different"),
     "no seeds": ({"final_seeds": []}, "final_seeds must be one or more different"),
@@ -492,6 +516,15 @@ BAD = {
     ),
     "zero": ({"optimizers": entry(search={"damping": [0, 1]})}, "damping must have 0 < low"),
     "range": ({"optimizers": entry(search={"damping": 1})}, r"damping must be \[low, high\]"),
+    "search without trials": ({"trials": 0}, "sgd.search is never used, as trials is 0: remove"),
+    "settings reserved": (
+        {"optimizers": entry(settings={"do_eval": False})},
+        "optimizers.sgd.settings sets 'do_eval', .*remove it",
+    ),
+    "settings twice": (
+        {"optimizers": entry(settings={"learning_rate": 1})},
+        "'learning_rate' is both in settings and in search",
+    ),
     "twice": (
         {"optimizers": entry(optim_args={"damping": 1}, search={"damping": [0.1, 1]})},
         "'damping' is both in optim_args and in search",

@@ -44,7 +44,7 @@ class Campaign:
     def check(self) -> None:
         """Reads every earlier result, so that a changed plan is refused before anything runs."""
         for label in self.labels:
-            chosen = choice(self.plan, self.folder, self.trials[label])
+            chosen = choice(self.plan, self.folder, label)
             final = final_jobs(self.plan, label, chosen["searched"]) if chosen else []
             for job in [*final, *(timed_jobs(self.plan, self.folder, label) or [])]:
                 self._read(job)
@@ -67,7 +67,7 @@ class Campaign:
             missing = sum(self._read(job) is None for job in self.trials[label])
             if missing and strict:
                 raise PlanError(f"{missing} trials of {label} are missing: run --stage search")
-            chosen = choice(self.plan, self.folder, self.trials[label])
+            chosen = choice(self.plan, self.folder, label)
             if chosen:
                 jobs.append(final_jobs(self.plan, label, chosen["searched"]))
             elif not missing:

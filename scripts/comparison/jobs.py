@@ -97,6 +97,7 @@ def _settings(
         # Else the Trainer logs an average of the past in place of NaN.
         "logging_nan_inf_filter": False,
         **plan.base,
+        **optimizer.settings,
         "do_train": True,
         "do_eval": True,
         **common,

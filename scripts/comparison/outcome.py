@@ -65,7 +65,7 @@ def outcomes(plan: Plan, folder: Path) -> list[Outcome]:
     """
     found = []
     for label, jobs in search_jobs(plan).items():
-        chosen = choice(plan, folder, jobs)
+        chosen = choice(plan, folder, label)
         final = final_jobs(plan, label, chosen["searched"]) if chosen else []
         stages = (jobs, final, timed_jobs(plan, folder, label) or [])
         trials, finals, timed = (_made(plan, folder, stage) for stage in stages)
@@ -73,17 +73,21 @@ def outcomes(plan: Plan, folder: Path) -> list[Outcome]:
     return found
 
 
-def choice(plan: Plan, folder: Path, jobs: Sequence[Job]) -> dict[str, Any] | None:
+def choice(plan: Plan, folder: Path, label: str) -> Mapping[str, Any] | None:
     """Finds the best trial of a complete search.
 
     Args:
         plan: The plan.
         folder: Folder of results.
-        jobs: The trials of one optimizer.
+        label: The optimizer.
 
     Returns:
-        Its result; None if trials are missing or none was usable.
+        Its result; None if trials are missing or none was usable. Where the plan has no trials,
+        the settings that it gives, and nothing searched.
     """
+    if plan.trials == 0:
+        return {"run": None, "searched": {}, "settings": final_jobs(plan, label, {})[0].settings}
+    jobs = search_jobs(plan)[label]
     found = _made(plan, folder, jobs)
     return choose(plan, found) if len(found) == len(jobs) else None
 
@@ -104,7 +108,7 @@ def timed_jobs(plan: Plan, folder: Path, label: str) -> list[Job] | None:
         return []
     mean = {}
     for one in (plan.equal_time, label):
-        chosen = choice(plan, folder, search_jobs(plan)[one])
+        chosen = choice(plan, folder, one)
         jobs = final_jobs(plan, one, chosen["searched"]) if chosen else []
         runs = _made(plan, folder, jobs)
         if not runs or len(runs) < len(jobs):

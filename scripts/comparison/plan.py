@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Optimizer:
     optim: str
     optim_args: dict[str, Any]
     search: dict[str, tuple[float, float]]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,15 @@ def load_plan(path: Path) -> Plan:
     reference = raw.get("equal_time")
     if reference is not None and reference not in optimizers:
         raise PlanError(f"equal_time {reference!r} is no label: choose {', '.join(optimizers)}")
+    trials = _whole("trials", raw["trials"], 0)
     return Plan(
         path=path,
         script=_script(raw["script"]),
         base=base,
-        optimizers={label: _optimizer(label, entry) for label, entry in optimizers.items()},
-        trials=_whole("trials", raw["trials"], 1),
+        optimizers={
+            label: _optimizer(label, entry, trials > 0) for label, entry in optimizers.items()
+        },
+        trials=trials,
         seed=_whole("seed", raw.get("seed", 0), 0),
         search_overrides=overrides,
         final_seeds=tuple(seeds),
@@ -176,21 +180,26 @@ def _script(name: Any) -> Path:
     return path
 
 
-def _optimizer(label: str, entry: Any) -> Optimizer:
+def _optimizer(label: str, entry: Any, searched: bool) -> Optimizer:
     where = f"optimizers.{label}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", label):
         raise PlanError(f"{where}: a label is a folder name, of letters, digits, '_', '.', '-'")
-    _check_names(where, entry, ("optim", "search"), ("optim_args",))
-    fixed, search = entry.get("optim_args", {}), entry["search"]
+    required = ("optim", "search") if searched else ("optim",)
+    _check_names(where, entry, required, ("optim_args", "settings", "search"))
+    fixed, search = entry.get("optim_args", {}), entry.get("search", {})
+    settings = _settings(f"{where}.settings", entry.get("settings", {}))
     if not (isinstance(entry["optim"], str) and isinstance(fixed, dict)):
         raise PlanError(f"{where}: optim must be a name, and optim_args a JSON object")
-    if not (isinstance(search, dict) and search):
+    if searched and not (isinstance(search, dict) and search):
         raise PlanError(f"{where}.search is empty: give learning_rate a range [low, high]")
+    if search and not searched:
+        raise PlanError(f"{where}.search is never used, as trials is 0: remove it, or set trials")
     for name in search:
-        if name in fixed:
-            raise PlanError(f"{where}: {name!r} is both in optim_args and in search: remove one")
+        for place, values in (("optim_args", fixed), ("settings", settings)):
+            if name in values:
+                raise PlanError(f"{where}: {name!r} is both in {place} and in search: remove one")
     ranges = {name: _range(f"{where}.search.{name}", pair) for name, pair in search.items()}
-    return Optimizer(label, entry["optim"], fixed, ranges)
+    return Optimizer(label, entry["optim"], fixed, ranges, settings)
 
 
 def _range(where: str, pair: Any) -> tuple[float, float]:

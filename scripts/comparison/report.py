@@ -19,7 +19,7 @@ from hf_fngd.hf.curves import plot
 
 
 def write_report(plan: Plan, folder: Path) -> list[Path]:
-    """Writes table.md, search.md and, once there are final runs, curves.png.
+    """Writes table.md, search.md if the plan has trials, and curves.png once runs have ended.
 
     Args:
         plan: The plan.
@@ -29,7 +29,9 @@ def write_report(plan: Plan, folder: Path) -> list[Path]:
         The files.
     """
     found = outcomes(plan, folder)
-    pages = {"table.md": table(plan, folder, found), "search.md": search_table(plan, found)}
+    pages = {"table.md": table(plan, folder, found)}
+    if plan.trials:
+        pages["search.md"] = search_table(plan, found)
     for name, text in pages.items():
         results.write_text(folder / name, text)
     written = [folder / name for name in pages]
@@ -78,6 +80,8 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             rate = settings.get("learning_rate")
             row["learning rate"] = NONE if rate is None else f"{rate:g}"
             told = [f"{n}={values[n]:g}" for n in TRAINER_SETTINGS[1:] if n in values]
+            own = outcome.optimizer.settings.items()
+            told += [f"{n}={value}" for n, value in own if n != "learning_rate"]
             told += filter(None, [optim_args(outcome.optimizer, values)])
             row["other settings"] = _cell(", ".join(told) or NONE)
         rows.append(row)
@@ -85,14 +89,19 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
     command = ["python", "scripts/compare_optimizers.py", *places]
     seeds = ", ".join(map(str, plan.final_seeds))
     better = "largest" if plan.more_is_better else "smallest"
+    source = "Settings: those of the plan, without a search."
+    if plan.trials:
+        source = (
+            f"Settings: those of the trial with the {better} {plan.objective}, of {plan.trials} "
+            "for each optimizer (search.md)."
+        )
     lines = [
         f"    {shlex.join(command)}",
         "",
         tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
         "",
-        f"Final runs: mean ± sample standard deviation; seeds: {seeds}. Settings: those of "
-        f"the trial with the {better} {plan.objective}, of {plan.trials} for each optimizer "
-        "(search.md). Training loss: the last logged one.",
+        f"Final runs: mean ± sample standard deviation; seeds: {seeds}. {source} Training loss: "
+        "the last logged one.",
         *_equal_time(plan, found),
         *_notes(plan, found),
         *_machine(found),
