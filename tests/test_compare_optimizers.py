@@ -44,6 +44,8 @@ out.mkdir(parents=True)
 (out / "model.bin").write_text("weights")
 found = {"history": history, "validation": {"eval_loss": final}, "train": {"train_runtime": 7.0},
          "environment": {"command": "x", "versions": {"torch": "1"}, "device": "stub CPU"}}
+if s.get("misaligned_fraction") and s["optim"] == "fngd":
+    found["misaligned"] = {"auc": 0.5 + 0.1 * s["seed"]}
 if s["do_predict"]:
     found["test"] = {"test_accuracy": 1 - final / 10, "test_loss": final}
 (out / "metrics.json").write_text(json.dumps(found))
@@ -478,13 +480,20 @@ def test_plan_without_trials_runs_what_it_says(bench):
     assert cells["learning rate"] == "0.25" and cells["final runs"] == "2 of 2"
     assert cells["other settings"] == "warmup_steps=9, damping=2" and cells["trials"] == "0"
     text = (bench.results / "table.md").read_text()
-    assert "without a search" in text and "smallest" not in text
+    assert "without a search" in text and "smallest" not in text and "AUC" not in text
     assert not (bench.results / "search.md").exists()
     assert (bench.results / "curves.png").exists()
     # The same command makes nothing anew; changed settings are refused.
     assert bench.run() == 0 and len(bench.calls()) == 4
     first["settings"]["learning_rate"] = 0.6
     assert "first" in bench.refused()
+
+
+def test_table_says_how_well_coefficients_tell_misaligned_pairs(bench):
+    bench.plan["base"]["misaligned_fraction"] = 0.2
+    assert bench.run() == 0, bench.said.err
+    assert bench.cells("fngd")["AUC of γ"] == "0.6500 ± 0.0707"
+    assert bench.cells("sgd")["AUC of γ"] == "–"
 
 
 def entry(**changes):

@@ -70,6 +70,7 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             "final runs": f"{len(outcome.usable)} of {len(plan.final_seeds)}",
             **{f"test {name}": spread(outcome.numbers(name)) for name in plan.final_metrics},
             plan.objective: spread(outcome.numbers("objective")),
+            **({"AUC of γ": spread(_auc(outcome))} if any(map(_auc, found)) else {}),
             "training loss": spread(outcome.numbers("train_loss")),
             "s / step": _mean(step),
             f"against {found[0].optimizer.label}": NONE if ratio is None else f"{ratio:.2f}",
@@ -170,6 +171,11 @@ def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
         body = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
         lines.append(body or "No trial yet.")
     return "\n".join(lines) + "\n"
+
+
+def _auc(outcome: Outcome) -> list[float]:
+    """Gives how well coefficients tell misaligned pairs, where a run has spoilt some."""
+    return [run["misaligned"]["auc"] for run in outcome.usable if "misaligned" in run]
 
 
 def _cell(text: str) -> str:
