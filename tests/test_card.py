@@ -102,6 +102,21 @@ def test_base_model_is_named_only_if_it_is_on_the_hub(base, named, tmp_path):
     assert ("local checkpoint" in card.text) == (base is not None and not named)
 
 
+def test_local_model_that_was_fine_tuned_is_named_but_is_no_base_model(tmp_path):
+    card = ModelCard.load(write_card(tmp_path, replace(FACTS, local_base="first", train_rows=2000)))
+    assert card.data.base_model is None
+    assert "from a local model, `first`, on Tatoeba sample (2,000 rows) with" in card.text
+
+
+def test_scores_of_further_test_sets_are_in_the_table_alone(tmp_path):
+    baselines = {"sgd": {"bleu": 11.0, "bleu_2017": 8.5}}
+    facts = replace(FACTS, further={"bleu_2017": 9.25}, baselines=baselines)
+    card = ModelCard.load(write_card(tmp_path, facts))
+    assert "| | bleu | chrf | bleu_2017 |\n" in card.text
+    assert "| this model | 12.35 | 34.50 | 9.25 |\n| sgd | 11.00 |  | 8.50 |" in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {"bleu", "chrf"}
+
+
 def test_unmeasured_model_claims_no_results(tmp_path):
     text = write_card(tmp_path, replace(FACTS, metrics={}, baselines={})).read_text()
     assert "## Results" not in text and "test set" not in text

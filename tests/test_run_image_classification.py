@@ -240,7 +240,8 @@ def test_image_folders_of_several_sizes_and_another_set_of_classes(tmp_path, run
     assert (tmp_path / "again" / "predictions.jsonl").read_text().splitlines() == rows
     more = {**again, "do_train": True, **other}
     assert run(*options(tmp_path, **files, **folders, **more)) == 0
-    assert "fine-tuned from a local checkpoint" in (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "fine-tuned from a local model, `out`, on" in card
 
 
 @pytest.fixture

@@ -159,8 +159,9 @@ def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
     assert "MarianForCausalLM" not in second.stderr
     assert "ignores num_items_in_batch" in second.stderr
     card = (files / "second" / "README.md").read_text()
-    assert "natural-gradient" not in card and "fine-tuned from a local checkpoint" in card
-    assert "base_model" not in card
+    assert "natural-gradient" not in card and "base_model" not in card
+    assert "fine-tuned from a local model, `out`, on train.jsonl.gz (32 rows)" in card
+    assert "| | bleu | chrf | bleu_validation | chrf_validation |" in card
     found = json.loads((files / "second" / "metrics.json").read_text())
     # The validation file is also a second test set; the first one's translations are reported.
     assert found["test"]["chrf_validation"] == pytest.approx(found["validation"]["eval_chrf"])

@@ -53,8 +53,10 @@ class CardFacts:
         model_name: Name of the model.
         task: Hub task, as `translation`.
         dataset: Name of the training data.
+        train_rows: How many rows of it were used.
         languages: Language codes.
-        base_model: What was fine-tuned, if anything; a local path is not named.
+        base_model: Hub id of what was fine-tuned, if anything; a local path is not named.
+        local_base: What to call it where it is not on the Hub.
         optimizer: Name given to `--optim`.
         settings: The optimizer's settings.
         layers: Table of selected layers, if there is one.
@@ -63,6 +65,7 @@ class CardFacts:
         device: Machine.
         versions: Versions of the packages.
         metrics: Scores by metric name, of the test set; none were measured if empty.
+        further: Scores on further test sets, which the table alone has.
         test_dataset: Name of the test data, by default that of `dataset`.
         dataset_id: Hub id of the data, if they are there.
         dataset_config: Configuration of that data set.
@@ -84,10 +87,13 @@ class CardFacts:
     device: str
     languages: list[str] = field(default_factory=list)
     base_model: str | None = None
+    local_base: str | None = None
+    train_rows: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     layers: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    further: dict[str, float] = field(default_factory=dict)
     test_dataset: str | None = None
     dataset_id: str | None = None
     dataset_config: str | None = None
@@ -161,7 +167,8 @@ def _citation(method: str) -> str:
 
 
 def _results(facts: CardFacts) -> str:
-    names = list(facts.metrics)
+    own = facts.metrics | facts.further
+    names = list(own)
     lines = [
         "## Results",
         "",
@@ -169,7 +176,7 @@ def _results(facts: CardFacts) -> str:
         "",
     ]
     lines += ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    rows = {"this model": facts.metrics, **facts.baselines}
+    rows = {"this model": own, **facts.baselines}
     for label, scores in rows.items():
         cells = (_number(name, scores[name]) if name in scores else "" for name in names)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -183,13 +190,16 @@ def _number(name: str, value: float) -> str:
 
 def _training(facts: CardFacts) -> str:
     origin = f"fine-tuned from `{facts.base_model}`" if is_hub_id(facts.base_model) else "trained"
-    if facts.base_model and not is_hub_id(facts.base_model):
+    if facts.local_base:
+        origin = f"fine-tuned from a local model, `{facts.local_base}`,"
+    elif facts.base_model and not is_hub_id(facts.base_model):
         origin = "fine-tuned from a local checkpoint"
+    rows = f" ({facts.train_rows:,} rows)" if facts.train_rows else ""
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     text = [
         "## How it was trained",
         "",
-        f"The model was {origin} on {facts.dataset} with `--optim {facts.optimizer}`, seed "
+        f"The model was {origin} on {facts.dataset}{rows} with `--optim {facts.optimizer}`, seed "
         f"{facts.seed}, on: {facts.device}.",
         "",
         f"```bash\n{facts.command}\n```",
