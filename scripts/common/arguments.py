@@ -77,6 +77,9 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
     folder = args.output_dir
     if Path(folder).is_file():
         raise InputError(f"--output_dir {folder!r} is a file: choose a folder")
+    if str(args.resume_from_checkpoint).lower() == "true":
+        # The last checkpoint; the Trainer would take a flag's word for a folder.
+        args.resume_from_checkpoint = True
     _hide_token(args)
     return parsed
 
