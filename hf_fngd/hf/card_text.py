@@ -58,7 +58,7 @@ class CardFacts:
         base_model: Hub id of what was fine-tuned, if anything; a local path is not named.
         local_base: What to call it where it is not on the Hub.
         optimizer: Name given to `--optim`.
-        settings: The optimizer's settings.
+        settings: Settings of the training and of the optimizer.
         layers: Table of selected layers, if there is one.
         command: The exact command.
         seed: Seed of the run.
@@ -207,7 +207,7 @@ def _training(facts: CardFacts) -> str:
         f"Versions: {versions}.",
     ]
     if facts.settings:
-        text += ["", "Settings of the optimizer:", "", "| setting | value |", "|---|---|"]
+        text += ["", "Settings:", "", "| setting | value |", "|---|---|"]
         text += [f"| {name} | {value} |" for name, value in facts.settings.items()]
     if facts.layers:
         table = f"```\n{facts.layers}\n```"

@@ -183,6 +183,13 @@ def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
     return {"optimizer": {**facts, "layers": optimizer.selection.rows()}}
 
 
+def _settings(training: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    # Of what both have (betas, a seed) the optimizer's is the one that it used.
+    text = ("optim", "optim_args", "optim_target_modules")
+    own = {name: value for name, value in training.items() if name not in (*text, *config)}
+    return own | dict(config)
+
+
 def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
     """Gathers what the model card says from the numbers of a run, and of those beside it.
 
@@ -215,7 +222,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         base_model=None if "local_base" in found else model["model_name_or_path"],
         local_base=found.get("local_base"),
         optimizer=str(training["optim"]),
-        settings=optimizer["config"] if optimizer else training,
+        settings=_settings(training, optimizer["config"]) if optimizer else training,
         layers=layer_table(optimizer["layers"]) if optimizer else "",
         seed=training["seed"],
         curves="curves.png" if found["history"] else None,
