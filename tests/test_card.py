@@ -172,6 +172,11 @@ def test_trainer_writes_this_card_once_facts_are_known(tmp_path):
     assert "12.35" in (tmp_path / "README.md").read_text()
 
 
+def test_use_of_a_model_that_wants_a_prefix(tmp_path):
+    text = write_card(tmp_path, replace(FACTS, prefix='say "de": ')).read_text()
+    assert r'tokenizer("say \"de\": A text.", return_tensors="pt")' in text
+
+
 def test_card_of_an_image_classifier(tmp_path):
     changes = {"task": "image-classification", "metrics": {"accuracy": 0.91234}, "signatures": {}}
     facts = replace(FACTS, languages=[], baselines={}, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,27 @@ from typing import Any
 
 from hf_fngd.hf.registry import OPTIMIZERS
 
-# What loads a model of a task, beside the model: by default what translation needs.
-_LOADERS = {
-    "image-classification": ("AutoImageProcessor", "AutoModelForImageClassification"),
-    "text-generation": ("AutoTokenizer", "AutoModelForCausalLM"),
-}
+# The class of a task's model: by default that of translation.
+_MODELS = {"text-generation": "AutoModelForCausalLM"}
+_TEXTS = """\
+from transformers import {model}, AutoTokenizer
+
+folder = "..."  # this repository or folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {model}.from_pretrained(folder{trust})
+inputs = tokenizer({text}, return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+"""
+_IMAGES = """\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+folder = "..."  # this repository or folder
+processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModelForImageClassification.from_pretrained(folder{trust})
+inputs = processor(Image.open("picture.png"), return_tensors="pt")
+print(model.config.id2label[model(**inputs).logits.argmax().item()])
+"""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Method, title, where it appeared, year.
 _PAPERS = {
@@ -75,6 +92,7 @@ class CardFacts:
         coefficients: File name of the picture of FNGD's coefficients, beside the card.
         split: Part of the data that the scores are from: test or validation.
         limits: Sentences on what the model cannot do.
+        prefix: What every text was preceded by in training.
         custom_code: Whether the model's class lies beside the model instead of in transformers.
     """
 
@@ -103,6 +121,7 @@ class CardFacts:
     coefficients: str | None = None
     split: str = "test"
     limits: list[str] = field(default_factory=list)
+    prefix: str = ""
     custom_code: bool = False
 
     @property
@@ -216,15 +235,12 @@ def _training(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    loader, model = _LOADERS.get(facts.task, ("AutoTokenizer", "AutoModelForSeq2SeqLM"))
-    variable = "processor" if "Processor" in loader else "tokenizer"
     trust = ", trust_remote_code=True" if facts.custom_code else ""
-    code = (
-        f"from transformers import {', '.join(sorted((loader, model)))}\n\n"
-        'folder = "..."  # this repository or folder\n'
-        f"{variable} = {loader}.from_pretrained(folder)\n"
-        f"model = {model}.from_pretrained(folder{trust})\n"
-    )
+    if facts.task == "image-classification":
+        code = _IMAGES.format(trust=trust)
+    else:
+        model = _MODELS.get(facts.task, "AutoModelForSeq2SeqLM")
+        code = _TEXTS.format(model=model, trust=trust, text=json.dumps(f"{facts.prefix}A text."))
     note = (
         "\n\n`training_args.bin` names an optimizer that transformers does not know by itself: "
         "`import hf_fngd` before opening it."

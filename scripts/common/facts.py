@@ -232,6 +232,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         baselines=baselines(found, folder, task.scores),
         signatures={n: tested[f"{n}_signature"] for n in scores if f"{n}_signature" in tested},
         limits=[*task.limits, *([ADAPTERS] if model.get("lora_rank") else [])],
+        prefix=data.get("source_prefix") or "",
         custom_code=found.get("custom_code", False),
         **found["environment"],
     )
