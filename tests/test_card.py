@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_fngd.hf.card import CardMixin, write_card
 from hf_fngd.hf.card_text import CardFacts
+from tests.card_rules import faults_of
 from tests.hf_utils import arguments, make_trainer
 
 FACTS = CardFacts(
@@ -115,6 +116,29 @@ def test_scores_of_further_test_sets_are_in_the_table_alone(tmp_path):
     assert "| | bleu | chrf | bleu_2017 |\n" in card.text
     assert "| this model | 12.35 | 34.50 | 9.25 |\n| sgd | 11.00 |  | 8.50 |" in card.text
     assert {result.metric_type for result in card.data.eval_results} == {"bleu", "chrf"}
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        (["en_XX", "de_DE"], ["en", "de"]),
+        (["eng_Latn", "deu_Latn"], ["eng", "deu"]),
+        (["pt-BR", "pt"], ["pt"]),
+        (["English"], None),
+    ],
+)
+def test_languages_are_codes_that_the_hub_takes(codes, expected, tmp_path):
+    data = ModelCard.load(write_card(tmp_path, replace(FACTS, languages=codes))).data
+    assert data.language == expected and faults_of(data.to_dict()) == []
+
+
+def test_faults_of_metadata_are_found():
+    good = {"language": ["en"], "base_model": "a/b", "tags": ["fngd"]}
+    assert faults_of(good) == [] and faults_of("a") == ["metadata"]
+    bad = {"language": ["en_XX"], "base_model": "/some/path", "tags": [1]}
+    assert faults_of(bad) == ["language", "base_model", "tags"]
+    result = {"task": {"type": "a"}, "dataset": {"name": "b"}, "metrics": [{"value": 1}]}
+    assert faults_of({"model-index": [{"results": [result]}]}) == ["model-index"]
 
 
 def test_unmeasured_model_claims_no_results(tmp_path):

@@ -12,6 +12,8 @@ from statistics import mean, stdev
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.card_rules import faults_of
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -82,6 +84,7 @@ def test_cards_repeat_their_metrics_file(folder):
     results = {r.metric_type: (r.metric_value, r.dataset_split) for r in data.eval_results}
     assert results == {name: (round(value, 4), split) for name, value in scores.items()}
     assert data.model_name == folder.name and data.base_model is None
+    assert faults_of(data.to_dict()) == []
     assert data.pipeline_tag == ("translation" if translates else "image-classification")
     assert {path.name for path in folder.glob("*.png")} == set(re.findall(r"\]\((.*\.png)\)", card))
 
