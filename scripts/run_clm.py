@@ -2,7 +2,8 @@ r"""Trains a causal language model, with FNGD or any other optimizer of the Hugg
 
     python scripts/run_clm.py --train_file train.txt --validation_file validation.txt \
         --test_file test.txt --output_dir runs/language --do_train --do_eval --do_predict \
-        --optim fngd --optim_args "damping=0.1,update_scale=rms" --learning_rate 3e-3
+        --eval_strategy epoch --learning_rate 3e-3 \
+        --optim fngd --optim_args "damping=0.1,update_scale=rms"
 
     python scripts/run_clm.py settings.json     # the same arguments as JSON
 

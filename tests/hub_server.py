@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from tests.card_rules import faults_of
+
 LARGE = (".safetensors", ".bin", ".png", ".spm", ".model")
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
@@ -155,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
         card = json.loads(content)["content"]
         try:
             data = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
-            errors = [] if isinstance(data, dict) else [{"message": "no metadata"}]
+            errors = [{"message": f"{part} is not valid"} for part in faults_of(data)]
         except yaml.YAMLError as error:
             errors = [{"message": str(error)}]
         self.answer(400 if errors else 200, {"errors": errors, "warnings": []})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +42,16 @@ def run_script(name: str, *words: Any, folder: Path = ROOT) -> int:
             return module.cli()
     finally:
         os.chdir(before)
+
+
+def use_as_the_card_says(folder: Path) -> str:
+    """What the lines of a card that load and use its model print."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    code = code.replace('"..."', repr(str(folder)))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, str(folder / "README.md"), "exec"), {})
+    return printed.getvalue().strip()
 
 
 def flat(settings: dict[str, Any]) -> list[str]:

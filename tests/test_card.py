@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_fngd.hf.card import CardMixin, write_card
 from hf_fngd.hf.card_text import CardFacts
+from tests.card_rules import faults_of
 from tests.hf_utils import arguments, make_trainer
 
 FACTS = CardFacts(
@@ -102,6 +103,44 @@ def test_base_model_is_named_only_if_it_is_on_the_hub(base, named, tmp_path):
     assert ("local checkpoint" in card.text) == (base is not None and not named)
 
 
+def test_local_model_that_was_fine_tuned_is_named_but_is_no_base_model(tmp_path):
+    card = ModelCard.load(write_card(tmp_path, replace(FACTS, local_base="first", train_rows=2000)))
+    assert card.data.base_model is None
+    assert "from a local model, `first`, on Tatoeba sample (2,000 rows) with" in card.text
+
+
+def test_scores_of_further_test_sets_are_in_the_table_alone(tmp_path):
+    baselines = {"sgd": {"bleu": 11.0, "bleu_2017": 8.5}}
+    facts = replace(FACTS, further={"bleu_2017": 9.25}, baselines=baselines)
+    card = ModelCard.load(write_card(tmp_path, facts))
+    assert "| | bleu | chrf | bleu_2017 |\n" in card.text
+    assert "| this model | 12.35 | 34.50 | 9.25 |\n| sgd | 11.00 |  | 8.50 |" in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {"bleu", "chrf"}
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        (["en_XX", "de_DE"], ["en", "de"]),
+        (["eng_Latn", "deu_Latn"], ["eng", "deu"]),
+        (["pt-BR", "pt"], ["pt"]),
+        (["English"], None),
+    ],
+)
+def test_languages_are_codes_that_the_hub_takes(codes, expected, tmp_path):
+    data = ModelCard.load(write_card(tmp_path, replace(FACTS, languages=codes))).data
+    assert data.language == expected and faults_of(data.to_dict()) == []
+
+
+def test_faults_of_metadata_are_found():
+    good = {"language": ["en"], "base_model": "a/b", "tags": ["fngd"]}
+    assert faults_of(good) == [] and faults_of("a") == ["metadata"]
+    bad = {"language": ["en_XX"], "base_model": "/some/path", "tags": [1]}
+    assert faults_of(bad) == ["language", "base_model", "tags"]
+    result = {"task": {"type": "a"}, "dataset": {"name": "b"}, "metrics": [{"value": 1}]}
+    assert faults_of({"model-index": [{"results": [result]}]}) == ["model-index"]
+
+
 def test_unmeasured_model_claims_no_results(tmp_path):
     text = write_card(tmp_path, replace(FACTS, metrics={}, baselines={})).read_text()
     assert "## Results" not in text and "test set" not in text
@@ -155,6 +194,11 @@ def test_trainer_writes_this_card_once_facts_are_known(tmp_path):
     trainer.card_facts = FACTS
     trainer.create_model_card(model_name="ignored")
     assert "12.35" in (tmp_path / "README.md").read_text()
+
+
+def test_use_of_a_model_that_wants_a_prefix(tmp_path):
+    text = write_card(tmp_path, replace(FACTS, prefix='say "de": ')).read_text()
+    assert r'tokenizer("say \"de\": A text.", return_tensors="pt")' in text
 
 
 def test_card_of_an_image_classifier(tmp_path):

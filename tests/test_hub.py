@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,6 +119,35 @@ def test_pushed_model_loads_and_translates_the_same(hub, files):  # noqa: F811
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     expected = [json.loads(line)["prediction"] for line in lines]
     assert json.loads(out.stdout.splitlines()[-1]) == expected
+    assert hub.unknown == []
+
+
+@pytest.mark.slow
+def test_resumed_run_is_pushed_and_completes_the_card_of_the_repository(hub, files):  # noqa: F811
+    changes = {"save_strategy": "epoch", "do_eval": None, "eval_strategy": "no"}
+    assert push(hub, files, push_to_hub=None, hub_model_id=None, **changes).returncode == 0
+    folder = files / "out"
+    whole = (folder / "model.safetensors").read_bytes()
+    # As if killed in the second of two epochs: a checkpoint is all there is.
+    for path in folder.iterdir():
+        if path.name != "checkpoint-3":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    mine = b"---\nlicense: mit\ntags:\n- mine\n---\n\n# My model\n\nWhat I say of it.\n"
+    hub.repos["me/tiny"] = Repo({"README.md": mine})
+    out = push(hub, files, resume_from_checkpoint="true", **changes)
+    assert out.returncode == 0, out.stderr
+    pushed = hub.repos["me/tiny"].files
+    assert pushed["model.safetensors"] == whole
+    assert not [path for path in pushed if path.startswith("checkpoint-")]
+    card = ModelCard(pushed["README.md"].decode())
+    found = json.loads(pushed["metrics.json"])
+    assert card.data.license == "mit" and {"mine", "fngd"} <= set(card.data.tags)
+    assert card.text.lstrip().startswith("# My model\n\nWhat I say of it.\n")
+    assert found["environment"]["command"] in card.text
+    assert "--resume_from_checkpoint true" in found["environment"]["command"]
+    assert {e["step"] for e in found["history"] if "loss" in e} == set(range(1, 7))
+    scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert scores == {n: round(found["test"][n], 4) for n in ("bleu", "chrf")}
     assert hub.unknown == []
 
 

@@ -1,4 +1,4 @@
-"""The `fngd/...` series reach `trainer_state.json`, TensorBoard and trackio."""
+"""The `fngd/...` series reach `trainer_state.json`, TensorBoard, trackio and wandb."""
 
 import contextlib
 import json
@@ -86,3 +86,24 @@ def test_series_in_trackio_without_a_network(tmp_path, monkeypatch):
         series = {name: value for name, value in entry.items() if name.startswith("fngd/")}
         found = {name: written[entry["step"]][f"train/{name}"] for name in series}
         assert series.keys() >= EXPECTED and found == pytest.approx(series)
+
+
+def test_series_in_wandb_without_a_network(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    changes = {"report_to": ["wandb"], "project": "fngd-logs", "run_name": "one"}
+    trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(tmp_path, num_train_epochs=2, **changes))
+    trainer.train()
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    # A summary has the last value of each series, and those of gamma end with the first epoch.
+    last = {}
+    for entry in trainer.state.log_history:
+        last |= {name: value for name, value in entry.items() if name.startswith("fngd/")}
+    assert last.keys() >= EXPECTED | GAMMA
+    assert {name: summary[f"train/{name}"] for name in last} == pytest.approx(last)

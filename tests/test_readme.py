@@ -10,6 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from huggingface_hub import ModelCard
+
+from tests.card_rules import faults_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,10 +44,21 @@ def test_links_lead_to_files(link):
     assert (ROOT / link).exists()
 
 
+def test_links_lead_to_headings():
+    headings = re.findall(r"^#+ (.*)$", README, re.M)
+    anchors = {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert links and links <= anchors
+
+
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda p: p.name)
 def test_cards_are_what_the_code_makes_of_the_numbers(folder, tmp_path):
-    own = tmp_path / folder.name
-    shutil.copytree(folder, own, ignore=shutil.ignore_patterns("README.md"))
+    # With those beside it, which it may be compared with.
+    everything = tmp_path / "model_cards"
+    shutil.copytree(folder.parent, everything, ignore=shutil.ignore_patterns("README.md"))
+    own = everything / folder.name
     script = str(ROOT / "scripts" / "write_card.py")
     subprocess.run([sys.executable, script, str(own)], check=True, cwd=ROOT, timeout=120)
     for path in folder.iterdir():
@@ -55,12 +69,40 @@ def test_cards_are_what_the_code_makes_of_the_numbers(folder, tmp_path):
 def test_cards_repeat_their_metrics_file(folder):
     found = json.loads((folder / "metrics.json").read_text())
     card = (folder / "README.md").read_text(encoding="utf-8")
-    test, validation = found.get("test"), found["validation"]
-    scores = test or {name: validation[f"eval_{name}"] for name in ("bleu", "chrf")}
-    assert f"| this model | {scores['bleu']:.2f} | {scores['chrf']:.2f} |" in card
-    assert f"On the {'test' if test else 'validation'} set" in card
-    assert found["environment"]["command"] in card
-    assert test is None or test["bleu_signature"] in card
+    translates = "source_lang" in found["settings"]["data"]
+    names = ("bleu", "chrf") if translates else ("accuracy",)
+    split, prefix = ("test", "test") if "test" in found else ("validation", "eval")
+    scores = {name: found[split][f"{prefix}_{name}"] for name in names}
+    digits = 2 if translates else 4
+    cells = " | ".join(f"{value:.{digits}f}" for value in scores.values())
+    assert f"| this model | {cells} |" in card
+    assert f"On the {split} set" in card and found["environment"]["command"] in card
+    assert f"| learning_rate | {found['settings']['training']['learning_rate']} |" in card
+    assert not translates or split != "test" or found["test"]["bleu_signature"] in card
+    # What the Hub reads of it, by the Hub's own parser.
+    data = ModelCard(card).data
+    results = {r.metric_type: (r.metric_value, r.dataset_split) for r in data.eval_results}
+    assert results == {name: (round(value, 4), split) for name, value in scores.items()}
+    assert data.model_name == folder.name and data.base_model is None
+    assert faults_of(data.to_dict()) == []
+    assert data.pipeline_tag == ("translation" if translates else "image-classification")
+    assert {path.name for path in folder.glob("*.png")} == set(re.findall(r"\]\((.*\.png)\)", card))
+
+
+@pytest.mark.parametrize(
+    ("folder", "baseline"),
+    [
+        ("multi30k-finetune-fngd", "multi30k-finetune-sgd"),
+        ("cifar10-resnet18-small-fngd", "cifar10-resnet18-small-sgd"),
+    ],
+)
+def test_cards_of_fngd_and_of_its_baseline_name_each_other(folder, baseline):
+    cards = ROOT / "model_cards"
+    for one, other, optim in ((folder, baseline, "plain"), (baseline, folder, "fngd")):
+        test = json.loads((cards / other / "metrics.json").read_text())["test"]
+        score = f"{test['bleu']:.2f}" if "bleu" in test else f"{test['test_accuracy']:.4f}"
+        card = (cards / one / "README.md").read_text(encoding="utf-8")
+        assert re.search(rf"^\| `--optim {optim}`, [^|]* \| {score} \|", card, re.M)
 
 
 def test_what_is_said_of_the_comparison_is_so():
@@ -72,6 +114,8 @@ def test_what_is_said_of_the_comparison_is_so():
             found = [json.loads(path.read_text())["test"] for path in folder.glob("final-*.json")]
             means[folder.name] = sum(test[metric] for test in found) / len(found)
         assert max(means, key=means.get) == "muon" and means["fngd"] < means["sgd"], means
+        # "So far they do better": all that the first lines name.
+        assert min(means, key=means.get) == "fngd" and len(means) == 8, means
 
 
 def test_what_is_said_of_old_coefficients_is_so():

@@ -37,7 +37,7 @@ COVERED = {
     ),
     "accelerate launch": "tests/test_ddp.py::test_accelerate_launch",
     "hf auth login": "tests/test_hub.py::client",
-    "hf upload you/name runs/first . --exclude '_*' --exclude 'checkpoint-*'": (
+    "hf upload you/name runs/demo . --exclude '_*' --exclude 'checkpoint-*'": (
         "tests/test_hub.py::again"
     ),
 }
@@ -131,10 +131,14 @@ def world(tmp_path_factory):
     lines = (SCRIPTS / "data/tatoeba/train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
     for name in ("multi30k", "tatoeba"):
         (folder / "data" / name).mkdir(parents=True)
-    of_multi30k = [f"multi30k/{part}.en-de" for part in ("train", "validation", "test_2016_flickr")]
+    parts = ("train", "validation", "test_2016_flickr", "test_2017_flickr")
+    of_multi30k = [f"multi30k/{part}.en-de" for part in parts]
     for name in (*of_multi30k, "tatoeba/en-de", "tatoeba/validation.en-de"):
         packed = gzip.compress("\n".join(lines).encode())
         (folder / f"data/{name}.jsonl.gz").write_bytes(packed)
+    for part in ("train", "validation", "test"):
+        (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    shutil.copytree(SCRIPTS / "data/fashion_mnist", folder / "data/cifar10")
     texts = [json.loads(line)["translation"]["en"] for line in lines]
     for name in ("train.txt", "test.txt"):
         (folder / name).write_text("\n".join(texts), encoding="utf-8")
@@ -151,7 +155,7 @@ def world(tmp_path_factory):
         shape = translation.ModelArguments(vocab_size=200, **NET, **HEADS)
         for part in translation.load_model(shape, texts, 64, ("en", "de")):
             part.save_pretrained(folder / "runs/tatoeba-marian-small")
-    for name in ("FOLDER", "runs/first", "runs/second", "runs/demo", "runs/demo-adamw"):
+    for name in ("FOLDER", "runs/demo", "runs/demo-adamw"):
         shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
     for plan in ("compare_cifar10", "compare_multi30k", "quality_finetune"):
         copy = f"compare_{plan.removeprefix('compare_')}"
@@ -218,12 +222,18 @@ def run(command, folder, monkeypatch):
     return run_script(first, words, monkeypatch)
 
 
-# What a command must have left in the folder that it ran in, beside exit code 0.
+# What a command must have left in the folder that it ran in, beside exit code 0. The keys are parts
+# of commands, `$` being the end of one.
 LEFT = {
     "make demo": ["runs/demo/README.md", "runs/demo/predictions.jsonl", "runs/demo/curves.png"],
     "--output_dir runs/demo-adamw": ["runs/demo-adamw/metrics.json"],
     "make bench": ["b.json"],
     "run_translation.py --optim": ["stock/done0.json"],
+    "--output_dir runs/mine": ["runs/mine/README.md"],
+    "scripts/multi30k_finetune.json$": ["runs/multi30k-finetune-fngd/README.md"],
+    "--output_dir runs/multi30k-finetune-sgd": ["runs/multi30k-finetune-sgd/README.md"],
+    "scripts/cifar10_small.json$": ["runs/cifar10-resnet18-small-fngd/coefficients.png"],
+    "--output_dir runs/cifar10-resnet18-small-sgd": ["runs/cifar10-resnet18-small-sgd/README.md"],
     "scripts/multi30k.json": ["runs/multi30k-marian-small-fngd/coefficients.png"],
     "scripts/tatoeba.json": ["runs/tatoeba-marian-small/README.md"],
     "fashion_smoke.json": ["runs/fashion-smoke/metrics.json"],
@@ -250,7 +260,7 @@ LEFT = {
     "command", [one for one in COMMANDS if one not in COVERED], ids=lambda one: one[:60]
 )
 def test_command_runs(command, world, monkeypatch, capsys):
-    expected = [file for part, files in LEFT.items() if part in command for file in files]
+    expected = [file for part, files in LEFT.items() if part in f"{command}$" for file in files]
     for file in expected:
         (world / file).unlink(missing_ok=True)
     monkeypatch.chdir(world)

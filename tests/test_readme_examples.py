@@ -129,3 +129,10 @@ def test_what_is_said_of_damping_and_learning_rate_is_so():
         [float(s) for d, s in scores if (float(d) < 0.5) is low] for low in (True, False)
     )
     assert len(scores) == 8 and max(small) < 0.7 * min(large)
+    assert "the best three of twelve trials had 0.05, 0.19 and 0.003" in README
+    folder = RESULTS / "quality_finetune" / "runs" / "fngd_rms"
+    runs = [json.loads(path.read_text()) for path in folder.glob("search-*.json")]
+    runs.sort(key=lambda run: run["objective"])
+    best = [float(f"{run['searched']['damping']:.1g}") for run in runs[:3]]
+    assert len(runs) == 12 and best == [0.05, 0.2, 0.003]
+    assert runs[2]["objective"] - runs[0]["objective"] < 0.002

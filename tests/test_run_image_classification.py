@@ -127,6 +127,7 @@ def test_process_leaves_everything(tmp_path):
         "test",
         "custom_code",
         "environment",
+        "train_rows",
         "optimizer",
     ]
     assert found["settings"]["training"]["optim"] == "fngd"
@@ -153,6 +154,7 @@ def test_process_leaves_everything(tmp_path):
         assert str(folder / name) in out.stdout
     # What the card says to do gives the same classes, where the scripts are not.
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1).replace("...", str(folder))
+    sample(1, "test")["image"][0].save(tmp_path / "picture.png")
     again = subprocess.run(
         [
             sys.executable,
@@ -172,7 +174,8 @@ def test_process_leaves_everything(tmp_path):
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    last = again.stdout.strip().splitlines()[-1]
+    first, last = again.stdout.strip().splitlines()
+    assert first == rows[0]["prediction"]
     assert last == "classes: " + "|".join(row["prediction"] for row in rows)
 
 
@@ -240,7 +243,8 @@ def test_image_folders_of_several_sizes_and_another_set_of_classes(tmp_path, run
     assert (tmp_path / "again" / "predictions.jsonl").read_text().splitlines() == rows
     more = {**again, "do_train": True, **other}
     assert run(*options(tmp_path, **files, **folders, **more)) == 0
-    assert "fine-tuned from a local checkpoint" in (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "fine-tuned from a local model, `out`, on" in card
 
 
 @pytest.fixture

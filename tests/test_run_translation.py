@@ -1,5 +1,6 @@
 """scripts/run_translation.py from files to translations, and its errors in one line each."""
 
+import ast
 import gzip
 import importlib.util
 import json
@@ -23,6 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.script_utils import use_as_the_card_says
 from tests.test_runner import ROOT
 
 SCRIPT = ROOT / "scripts" / "run_translation.py"
@@ -135,6 +137,8 @@ def test_whole_job_and_everything_it_leaves(files):
         tokens = model.generate(**inputs, max_length=16, num_beams=1)
     again = [t.strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     assert again == [r["prediction"] for r in rows]
+    said = ast.literal_eval(use_as_the_card_says(folder))
+    assert len(said) == 1 and isinstance(said[0], str)
 
 
 @pytest.mark.slow
@@ -159,8 +163,9 @@ def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
     assert "MarianForCausalLM" not in second.stderr
     assert "ignores num_items_in_batch" in second.stderr
     card = (files / "second" / "README.md").read_text()
-    assert "natural-gradient" not in card and "fine-tuned from a local checkpoint" in card
-    assert "base_model" not in card
+    assert "natural-gradient" not in card and "base_model" not in card
+    assert "fine-tuned from a local model, `out`, on train.jsonl.gz (32 rows)" in card
+    assert "| | bleu | chrf | bleu_validation | chrf_validation |" in card
     found = json.loads((files / "second" / "metrics.json").read_text())
     # The validation file is also a second test set; the first one's translations are reported.
     assert found["test"]["chrf_validation"] == pytest.approx(found["validation"]["eval_chrf"])

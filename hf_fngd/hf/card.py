@@ -6,6 +6,7 @@ has is kept, and only the text between our two marks is ours.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         for name, value in facts.metrics.items()
     ]
     return ModelCardData(
-        language=facts.languages or None,
+        language=_languages(facts.languages) or None,
         library_name="transformers",
         pipeline_tag=facts.task,
         tags=[*facts.tags, facts.task],
@@ -60,6 +61,16 @@ def card_data(facts: CardFacts) -> ModelCardData:
         model_name=facts.model_name,
         eval_results=results or None,
     )
+
+
+def _languages(codes: list[str]) -> list[str]:
+    """Codes of two or three letters, which the Hub takes: `en` of mBART's `en_XX`, `eng` of NLLB's.
+
+    Returns:
+        Each once, without what is no such code.
+    """
+    first = dict.fromkeys(re.split("[-_]", code)[0].lower() for code in codes)
+    return [code for code in first if re.fullmatch("[a-z]{2,3}", code)]
 
 
 def write_card(folder: Path, facts: CardFacts) -> Path:

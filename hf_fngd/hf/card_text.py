@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,27 @@ from typing import Any
 
 from hf_fngd.hf.registry import OPTIMIZERS
 
-# What loads a model of a task, beside the model: by default what translation needs.
-_LOADERS = {
-    "image-classification": ("AutoImageProcessor", "AutoModelForImageClassification"),
-    "text-generation": ("AutoTokenizer", "AutoModelForCausalLM"),
-}
+# The class of a task's model: by default that of translation.
+_MODELS = {"text-generation": "AutoModelForCausalLM"}
+_TEXTS = """\
+from transformers import {model}, AutoTokenizer
+
+folder = "..."  # this repository or folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {model}.from_pretrained(folder{trust})
+inputs = tokenizer({text}, return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+"""
+_IMAGES = """\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+folder = "..."  # this repository or folder
+processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModelForImageClassification.from_pretrained(folder{trust})
+inputs = processor(Image.open("picture.png"), return_tensors="pt")
+print(model.config.id2label[model(**inputs).logits.argmax().item()])
+"""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Method, title, where it appeared, year.
 _PAPERS = {
@@ -53,16 +70,19 @@ class CardFacts:
         model_name: Name of the model.
         task: Hub task, as `translation`.
         dataset: Name of the training data.
+        train_rows: How many rows of it were used.
         languages: Language codes.
-        base_model: What was fine-tuned, if anything; a local path is not named.
+        base_model: Hub id of what was fine-tuned, if anything; a local path is not named.
+        local_base: What to call it where it is not on the Hub.
         optimizer: Name given to `--optim`.
-        settings: The optimizer's settings.
+        settings: Settings of the training and of the optimizer.
         layers: Table of selected layers, if there is one.
         command: The exact command.
         seed: Seed of the run.
         device: Machine.
         versions: Versions of the packages.
         metrics: Scores by metric name, of the test set; none were measured if empty.
+        further: Scores on further test sets, which the table alone has.
         test_dataset: Name of the test data, by default that of `dataset`.
         dataset_id: Hub id of the data, if they are there.
         dataset_config: Configuration of that data set.
@@ -72,6 +92,7 @@ class CardFacts:
         coefficients: File name of the picture of FNGD's coefficients, beside the card.
         split: Part of the data that the scores are from: test or validation.
         limits: Sentences on what the model cannot do.
+        prefix: What every text was preceded by in training.
         custom_code: Whether the model's class lies beside the model instead of in transformers.
     """
 
@@ -84,10 +105,13 @@ class CardFacts:
     device: str
     languages: list[str] = field(default_factory=list)
     base_model: str | None = None
+    local_base: str | None = None
+    train_rows: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     layers: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    further: dict[str, float] = field(default_factory=dict)
     test_dataset: str | None = None
     dataset_id: str | None = None
     dataset_config: str | None = None
@@ -97,6 +121,7 @@ class CardFacts:
     coefficients: str | None = None
     split: str = "test"
     limits: list[str] = field(default_factory=list)
+    prefix: str = ""
     custom_code: bool = False
 
     @property
@@ -161,7 +186,8 @@ def _citation(method: str) -> str:
 
 
 def _results(facts: CardFacts) -> str:
-    names = list(facts.metrics)
+    own = facts.metrics | facts.further
+    names = list(own)
     lines = [
         "## Results",
         "",
@@ -169,7 +195,7 @@ def _results(facts: CardFacts) -> str:
         "",
     ]
     lines += ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    rows = {"this model": facts.metrics, **facts.baselines}
+    rows = {"this model": own, **facts.baselines}
     for label, scores in rows.items():
         cells = (_number(name, scores[name]) if name in scores else "" for name in names)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -183,13 +209,16 @@ def _number(name: str, value: float) -> str:
 
 def _training(facts: CardFacts) -> str:
     origin = f"fine-tuned from `{facts.base_model}`" if is_hub_id(facts.base_model) else "trained"
-    if facts.base_model and not is_hub_id(facts.base_model):
+    if facts.local_base:
+        origin = f"fine-tuned from a local model, `{facts.local_base}`,"
+    elif facts.base_model and not is_hub_id(facts.base_model):
         origin = "fine-tuned from a local checkpoint"
+    rows = f" ({facts.train_rows:,} rows)" if facts.train_rows else ""
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     text = [
         "## How it was trained",
         "",
-        f"The model was {origin} on {facts.dataset} with `--optim {facts.optimizer}`, seed "
+        f"The model was {origin} on {facts.dataset}{rows} with `--optim {facts.optimizer}`, seed "
         f"{facts.seed}, on: {facts.device}.",
         "",
         f"```bash\n{facts.command}\n```",
@@ -197,7 +226,7 @@ def _training(facts: CardFacts) -> str:
         f"Versions: {versions}.",
     ]
     if facts.settings:
-        text += ["", "Settings of the optimizer:", "", "| setting | value |", "|---|---|"]
+        text += ["", "Settings:", "", "| setting | value |", "|---|---|"]
         text += [f"| {name} | {value} |" for name, value in facts.settings.items()]
     if facts.layers:
         table = f"```\n{facts.layers}\n```"
@@ -206,15 +235,12 @@ def _training(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    loader, model = _LOADERS.get(facts.task, ("AutoTokenizer", "AutoModelForSeq2SeqLM"))
-    variable = "processor" if "Processor" in loader else "tokenizer"
     trust = ", trust_remote_code=True" if facts.custom_code else ""
-    code = (
-        f"from transformers import {', '.join(sorted((loader, model)))}\n\n"
-        'folder = "..."  # this repository or folder\n'
-        f"{variable} = {loader}.from_pretrained(folder)\n"
-        f"model = {model}.from_pretrained(folder{trust})\n"
-    )
+    if facts.task == "image-classification":
+        code = _IMAGES.format(trust=trust)
+    else:
+        model = _MODELS.get(facts.task, "AutoModelForSeq2SeqLM")
+        code = _TEXTS.format(model=model, trust=trust, text=json.dumps(f"{facts.prefix}A text."))
     note = (
         "\n\n`training_args.bin` names an optimizer that transformers does not know by itself: "
         "`import hf_fngd` before opening it."

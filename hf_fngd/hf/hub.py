@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RevisionNotFoundError,
 )
 from transformers import Trainer, TrainingArguments
 
@@ -34,6 +37,9 @@ class HubMixin(Trainer):
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Makes the repository on the Hub, unless it is there.
 
+        A card that it has already is fetched, if the output folder has none: else the push would
+        replace what somebody wrote there.
+
         Args:
             *args: Arguments of the Trainer's method.
             **kwargs: Arguments of the Trainer's method.
@@ -43,6 +49,8 @@ class HubMixin(Trainer):
         """
         try:
             super().init_hf_repo(*args, **kwargs)
+            if self.is_world_process_zero():
+                _fetch_card(self.hub_model_id, self.args, kwargs.get("token"))
         # Errors of the network are of half a dozen unrelated types.
         except Exception as error:
             raise HubError(
@@ -75,6 +83,19 @@ class HubMixin(Trainer):
                 f"pushed to {_repository(self.args)}: {reason(error)}. To send it without training "
                 f"again: {push_command(self.args)}"
             ) from error
+
+
+def _fetch_card(repository: str, args: TrainingArguments, token: str | None) -> None:
+    path = Path(args.output_dir) / "README.md"
+    if path.exists():
+        return
+    wanted = {"revision": args.hub_revision, "token": token or args.hub_token}
+    try:
+        found = hf_hub_download(repository, path.name, **wanted)
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(found, path)
 
 
 def push_command(args: TrainingArguments) -> str:

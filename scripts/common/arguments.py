@@ -22,12 +22,23 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what to do."""
 
 
+# What a settings file says of its data, or of its optimizer, holds for no other.
+_SPLITS = ("train", "validation", "test")
+_DATA = {"dataset_name", *(f"{split}_{kind}" for split in _SPLITS for kind in ("file", "dir"))}
+_BELONG = (
+    (_DATA, ("dataset_label", "dataset_id")),
+    ({"optim"}, ("optim_args", "optim_target_modules")),
+)
+
+
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and names defaults."""
 
 
 def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
     """Reads the command line, or a JSON file with the same arguments; flags after it come first.
+
+    With a flag that names other data or another optimizer, what the file says of its own goes.
 
     Args:
         kinds: Dataclasses of arguments; the last one is that of the training arguments.
@@ -37,7 +48,8 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
         An instance of each.
 
     Raises:
-        InputError: If the file cannot be read, or settings contradict each other.
+        InputError: If the file cannot be read, settings contradict each other, or nothing is to be
+            done.
     """
     parser = HfArgumentParser(
         list(kinds),
@@ -49,16 +61,26 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
     try:
         if settings:
             given = json.loads(Path(settings).read_text(encoding="utf-8"))
-            parsed = parser.parse_dict({**given, **_flags(parser, sys.argv[2:])})
+            flags = _flags(parser, sys.argv[2:])
+            for owners, names in _BELONG:
+                if any(flags[name] != given.get(name) for name in owners & flags.keys()):
+                    given = {name: value for name, value in given.items() if name not in names}
+            parsed = parser.parse_dict({**given, **flags})
         else:
             parsed = parser.parse_args_into_dataclasses()
     except (OSError, ValueError, TypeError) as error:
         where = f"cannot use {settings!r}: " if settings else "cannot use these arguments: "
         raise InputError(where + " ".join(str(error).split())) from None
-    folder = parsed[-1].output_dir
+    args = parsed[-1]
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise InputError("nothing to do: give --do_train, --do_eval or --do_predict, or several")
+    folder = args.output_dir
     if Path(folder).is_file():
         raise InputError(f"--output_dir {folder!r} is a file: choose a folder")
-    _hide_token(parsed[-1])
+    if str(args.resume_from_checkpoint).lower() == "true":
+        # The last checkpoint; the Trainer would take a flag's word for a folder.
+        args.resume_from_checkpoint = True
+    _hide_token(args)
     return parsed
 
 
@@ -86,6 +108,8 @@ def quieten(args: TrainingArguments) -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+    # The DataLoader's, on every machine without an accelerator.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
     if args.should_log:
         transformers.utils.logging.set_verbosity_warning()
 

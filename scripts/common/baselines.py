@@ -63,6 +63,6 @@ def _described(found: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     mine, theirs = found["settings"]["training"], reference["settings"]["training"]
     parts = [f"`--optim {mine['optim']}`"]
     for name in OPTIMIZER[1:]:
-        if mine[name] != theirs[name] and mine[name] is not None:
+        if mine[name] != theirs[name] and mine[name] not in (None, ""):
             parts.append(f"{name} {mine[name]}")
     return ", ".join(parts)

@@ -43,12 +43,19 @@ class Task:
             found: Content of metrics.json.
 
         Returns:
-            `test` or `validation`, and the scores by metric.
+            `test` or `validation`, and the scores by metric; then those of further test sets, as
+            `bleu_` and the name of the set.
         """
         split = next((name for name in ("test", "validation") if found.get(name)), "test")
         values, prefix = found.get(split, {}), "eval" if split == "validation" else "test"
         read = {name: values.get(name, values.get(f"{prefix}_{name}")) for name in self.metrics}
-        return split, {name: value for name, value in read.items() if value is not None}
+        further = {
+            name: value
+            for name, value in values.items()
+            if name.startswith(tuple(f"{metric}_" for metric in self.metrics))
+            and not isinstance(value, str)
+        }
+        return split, {n: value for n, value in read.items() if value is not None} | further
 
 
 TASKS = {
@@ -94,10 +101,11 @@ def environment(*more: ModuleType) -> dict[str, Any]:
         Command, versions and device.
     """
     modules = (hf_fngd, torch, transformers, accelerate, datasets, *more)
+    threads = torch.get_num_threads()
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        else f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
     )
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -146,6 +154,19 @@ def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[s
     return {"model": asdict(model_args), "data": asdict(data_args), "training": plain}
 
 
+def local_base(model: Mapping[str, Any]) -> dict[str, str]:
+    """Names the local model that a run started from; later its folder may be gone.
+
+    Args:
+        model: Model arguments.
+
+    Returns:
+        Name of the folder under `local_base`; nothing for a model of the Hub or a new one.
+    """
+    name = model["model_name_or_path"]
+    return {"local_base": Path(name).resolve().name} if name and Path(name).is_dir() else {}
+
+
 def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
     """Describes an optimizer of hf_fngd.
 
@@ -160,6 +181,13 @@ def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
         return {}
     facts = {"method": optimizer.method, "config": optimizer.config.to_dict()}
     return {"optimizer": {**facts, "layers": optimizer.selection.rows()}}
+
+
+def _settings(training: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    # Of what both have (betas, a seed) the optimizer's is the one that it used.
+    text = ("optim", "optim_args", "optim_target_modules")
+    own = {name: value for name, value in training.items() if name not in (*text, *config)}
+    return own | dict(config)
 
 
 def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
@@ -186,21 +214,25 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         task=task.name,
         languages=[data[key] for key in ("source_lang", "target_lang") if key in data],
         dataset=describe(places, "train"),
+        train_rows=found.get("train_rows"),
         test_dataset=describe(places, split),
         split=split,
         dataset_id=data.get("dataset_id") or data["dataset_name"],
         dataset_config=data["dataset_config_name"],
-        base_model=model["model_name_or_path"],
+        base_model=None if "local_base" in found else model["model_name_or_path"],
+        local_base=found.get("local_base"),
         optimizer=str(training["optim"]),
-        settings=optimizer["config"] if optimizer else training,
+        settings=_settings(training, optimizer["config"]) if optimizer else training,
         layers=layer_table(optimizer["layers"]) if optimizer else "",
         seed=training["seed"],
         curves="curves.png" if found["history"] else None,
         coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,
-        metrics=scores,
+        metrics={name: scores[name] for name in task.metrics if name in scores},
+        further={name: value for name, value in scores.items() if name not in task.metrics},
         baselines=baselines(found, folder, task.scores),
         signatures={n: tested[f"{n}_signature"] for n in scores if f"{n}_signature" in tested},
         limits=[*task.limits, *([ADAPTERS] if model.get("lora_rank") else [])],
+        prefix=data.get("source_prefix") or "",
         custom_code=found.get("custom_code", False),
         **found["environment"],
     )

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from transformers import Trainer
 
-from common.facts import card_facts, environment, optimizer_facts
+from common.facts import card_facts, environment, local_base, optimizer_facts
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_fngd
 from hf_fngd.hf.curves import kept_coefficients, plot_coefficients, summary
@@ -97,7 +97,8 @@ def write_run(
 
     Args:
         trainer: A Trainer.
-        found: Content of metrics.json; gets `environment` and `optimizer`.
+        found: Content of metrics.json; gets `environment`, `optimizer`, `local_base` and
+            `train_rows`.
         data_args: Dataclass of data arguments.
         metric: Name of the metric of the curves, as in `LABELS`.
         loss_label: What the loss is.
@@ -109,7 +110,9 @@ def write_run(
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     found["environment"] = environment(*modules)
-    found |= optimizer_facts(trainer)
+    if trainer.train_dataset is not None:
+        found["train_rows"] = len(trainer.train_dataset)
+    found |= optimizer_facts(trainer) | local_base(found["settings"]["model"])
     optimizer = unwrap_fngd(trainer.optimizer)
     kept = kept_coefficients(optimizer) if optimizer is not None else {}
     if kept:
