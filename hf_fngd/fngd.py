@@ -66,7 +66,7 @@ class FNGDState(BatchTracker[Batch]):
             return None
         if config.share == "sample":
             dtype = getattr(torch, config.store_dtype)
-            return SampleStore(len(self.names), dtype, config.num_samples)
+            return SampleStore(len(self.names), dtype, config.num_samples, config.store_dir)
         return MeanStore(len(self.names))
 
     def _enter(self, epoch: int) -> None:

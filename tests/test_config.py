@@ -30,6 +30,7 @@ REFUSED = {
     "gram_memory_mb": [0, -1, 0.5, None],
     "other_lr": [-1e-3, NAN, INF],
     "num_samples": [0, -1, 10.5],
+    "store_dir": ["", 3, True],
     "nesterov": ["yes"],
     "seed": [1.5, "a", None],
 }
