@@ -15,7 +15,7 @@ from hf_fngd.errors import FNGDError
 from hf_fngd.handlers import LayerHandler
 from hf_fngd.layers import LinearAdapter
 from hf_fngd.selection import Selection, select_layers
-from hf_fngd.settings import OptimizerConfig
+from hf_fngd.settings import OptimizerConfig, check_number
 from hf_fngd.update_rules import apply_rule
 
 
@@ -59,9 +59,12 @@ class LayerOptimizer(torch.optim.Optimizer):
         config = config or self.config_class.from_settings(settings)
         if type(config) is not self.config_class:
             raise FNGDError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not a "
+                f"{type(self).__name__} takes config={self.config_class.__name__}(...), not a "
                 f"{type(config).__name__}"
             )
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not isinstance(value, Tensor):
+                check_number(name, value, False, {"at least": 0})
         self.config = config
         self.selection = self._select(module)
         nesterov = config.update_rule == "muon" if config.nesterov is None else config.nesterov
@@ -235,7 +238,7 @@ class LayerOptimizer(torch.optim.Optimizer):
                 other data.
         """
         saved = state_dict.get(self.method)
-        if saved is None:
+        if not isinstance(saved, dict) or not {"config", "layers"} <= saved.keys():
             raise FNGDError(
                 f"the checkpoint's optimizer state is not {self.config.title}'s: resume with the "
                 "optimizer that wrote it, or start without the checkpoint"
@@ -254,9 +257,15 @@ class LayerOptimizer(torch.optim.Optimizer):
                 f"{', '.join(different[:5]) or 'their order'}): resume with the same "
                 "target_modules and exclude_modules, or start without the checkpoint"
             )
-        self._load_method_state(saved)
         plain = {k: v for k, v in state_dict.items() if k != self.method}
-        super().load_state_dict(copy.copy(plain))
+        try:
+            self._load_method_state(saved)
+            super().load_state_dict(copy.copy(plain))
+        except KeyError as missing:
+            raise FNGDError(
+                f"the checkpoint's optimizer state has no {missing}, as if another version of "
+                "hf_fngd had written it: resume with that version, or start without the checkpoint"
+            ) from None
         # torch casts moments to the parameter's dtype; put the saved ones back.
         members = [p for group in self.param_groups for p in group["params"]]
         order = [i for group in plain["param_groups"] for i in group["params"]]

@@ -105,6 +105,12 @@ class BatchTracker(Generic[P]):
         self.warn_once(
             name, f"is left out: its first dimension {rows} is not the batch {batch.size}"
         )
+        if len(self.left_out) == len(self.names):
+            self.warn_once(
+                "all layers",
+                "are left out, so there is no natural gradient: announce as many samples as the "
+                "batch has rows",
+            )
         return False
 
     def announce(self, batch: P) -> None:

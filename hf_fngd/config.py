@@ -103,6 +103,11 @@ class FNGDConfig(OptimizerConfig):
         choices=("float32", "float16"),
         resumed=True,
     )
+    store_dir: str | None = setting(
+        None,
+        "Folder in which each process keeps the coefficients of share=sample, in a nameless file "
+        "(and in a second one while it writes a checkpoint); default: main memory.",
+    )
     num_samples: int | None = setting(
         None,
         "Rows of the training set, when known: bounds the coefficient store from the start.",
@@ -116,6 +121,8 @@ class FNGDConfig(OptimizerConfig):
                 f"gram_route={self.gram_route} does not go with fisher_unit={self.fisher_unit}: "
                 f"choose {', '.join(_ROUTES[self.fisher_unit])}"
             )
+        if not (self.store_dir is None or isinstance(self.store_dir, str) and self.store_dir):
+            raise FNGDError(f"store_dir must be the name of a folder, not {self.store_dir!r}")
         if 0 < self.refresh_every < self.collect_epochs:
             raise FNGDError(
                 f"refresh_every={self.refresh_every} is less than collect_epochs="

@@ -66,7 +66,7 @@ class FNGDState(BatchTracker[Batch]):
             return None
         if config.share == "sample":
             dtype = getattr(torch, config.store_dtype)
-            return SampleStore(len(self.names), dtype, config.num_samples)
+            return SampleStore(len(self.names), dtype, config.num_samples, config.store_dir)
         return MeanStore(len(self.names))
 
     def _enter(self, epoch: int) -> None:
@@ -92,7 +92,12 @@ class FNGDState(BatchTracker[Batch]):
 
         Args:
             epoch: Number of the epoch, from 0.
+
+        Raises:
+            FNGDError: For a negative number.
         """
+        if epoch < 0:
+            raise FNGDError(f"epochs are counted from 0, there is no epoch {epoch}")
         self.flush()
         if epoch == self.epoch:
             return
@@ -154,8 +159,7 @@ class FNGDState(BatchTracker[Batch]):
         batch = Batch(size, labels, self.collecting, packed)
         self.announce(batch)
         if isinstance(self.store, SampleStore):
-            assert sample_ids is not None
-            ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
+            ids = _whole_numbers(sample_ids)
             batch.rows = self.store.locate(ids, create=False)
             known = self.store.count_known(batch.rows)
             if not self.collecting:
@@ -235,3 +239,13 @@ class FNGDState(BatchTracker[Batch]):
             self.store.load_state_dict(saved["store"])
         self._enter(saved["epoch"])
         self.steps = saved["steps"]
+
+
+def _whole_numbers(ids: Any) -> list[int]:
+    try:
+        return torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FNGDError(
+            f"sample_ids must be whole numbers of 64 bits, one for each sample ({error}): give the "
+            "data set rows of the batch"
+        ) from None

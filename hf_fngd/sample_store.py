@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from hf_fngd.errors import FNGDError
 from hf_fngd.ranks import gather
+from hf_fngd.scratch import zeros
 
 _GROWTH = 1.25
 _MIN_ROWS = 256
+# Rows that ranks exchange, or of which a mean is taken, at a time.
+_PIECE = 2**18
 
 
 class SampleStore:
@@ -20,17 +24,27 @@ class SampleStore:
 
     Memory: 4 bytes (float32) or 2 (float16) x rows x layers. Without `num_samples` the table grows
     as ids appear, by a quarter at a time, and is cut to size by `trim`. Ids are row numbers below
-    `num_samples`, or any 64-bit integers, which then need a dictionary beside the table.
+    `num_samples`, or any 64-bit integers, which then need a dictionary beside the table. With a
+    folder the table lies in a file there, and so does the copy that a checkpoint is written from.
 
     Args:
         num_layers: Number of selected layers.
         dtype: torch.float32 or torch.float16.
         num_samples: Rows of the data set, if known. Rows beyond it are not stored.
+        folder: Where the table lies; None for main memory.
     """
 
-    def __init__(self, num_layers: int, dtype: torch.dtype, num_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        dtype: torch.dtype,
+        num_samples: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.num_samples = num_samples
-        self.table = torch.full((0, num_layers), torch.nan, dtype=dtype)
+        self.folder = folder
+        # Rows that are not known hold zeros, which take no room before they are written to.
+        self.table = zeros(0, num_layers, dtype, folder)
         self.rows: dict[int, int] | None = None
         self.known = torch.zeros(0, dtype=torch.bool)
         self.dirty = torch.zeros(0, dtype=torch.bool)
@@ -66,12 +80,16 @@ class SampleStore:
         return torch.tensor([self.rows.get(i, -1) for i in ids], dtype=torch.long)
 
     def _resize(self, rows: int) -> None:
-        table = torch.full((rows, self.table.shape[1]), torch.nan, dtype=self.table.dtype)
         known, dirty = torch.zeros(2, rows, dtype=torch.bool)
         kept = min(rows, len(self.table))
-        table[:kept], known[:kept] = self.table[:kept], self.known[:kept]
-        dirty[:kept] = self.dirty[:kept]
-        self.table, self.known, self.dirty = table, known, dirty
+        known[:kept], dirty[:kept] = self.known[:kept], self.dirty[:kept]
+        self.table = self._copy(self.table[:kept], rows)
+        self.known, self.dirty = known, dirty
+
+    def _copy(self, table: Tensor, rows: int) -> Tensor:
+        copy = zeros(rows, self.table.shape[1], self.table.dtype, self.folder)
+        copy[: len(table)] = table
+        return copy
 
     def trim(self) -> None:
         """Gives back the memory of rows that growth left unused."""
@@ -99,14 +117,27 @@ class SampleStore:
         Returns:
             float32 matrix `[N, layers]`; a missing entry is the layer's mean over all rows, or 1.
         """
-        values = self.table[rows.clamp(min=0)].float()
+        values = self._stored(rows.clamp(min=0)).float()
         values[rows < 0] = torch.nan
         missing = values.isnan()
         if missing.any():
-            if self._means is None:
-                self._means = self.table.float().nanmean(0).nan_to_num(1.0)
-            values = torch.where(missing, self._means, values)
+            values = torch.where(missing, self._layer_means(), values)
         return values
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        if len(self.table) == 0:
+            return self.table.new_full((len(rows), self.table.shape[1]), torch.nan)
+        return self.table[rows].masked_fill_(~self.known[rows].unsqueeze(1), torch.nan)
+
+    def _layer_means(self) -> Tensor:
+        if self._means is None:
+            total, count = torch.zeros(2, self.table.shape[1], dtype=torch.float64)
+            for rows in self.known.nonzero().squeeze(1).split(_PIECE):
+                part = self.table[rows].float()
+                total += part.nansum(0, dtype=torch.float64)
+                count += (~part.isnan()).sum(0)
+            self._means = (total / count).nan_to_num(1.0).float()
+        return self._means
 
     def values(self) -> Tensor:
         """Gives all coefficients.
@@ -114,7 +145,7 @@ class SampleStore:
         Returns:
             float32 matrix `[rows, layers]`, NaN where nothing is stored.
         """
-        return self.table.float()
+        return self.table.float().masked_fill_(~self.known.unsqueeze(1), torch.nan)
 
     def write(self, rows: Tensor, values: Tensor, part: float = 1.0) -> None:
         """Stores the coefficients of a batch.
@@ -127,8 +158,9 @@ class SampleStore:
         """
         keep = rows >= 0
         self._means = None
-        rows, values = rows[keep], values[keep].to(self.table)
-        old = self.table[rows]
+        limit = torch.finfo(self.table.dtype).max
+        rows, values = rows[keep], values[keep].clamp(-limit, limit).to(self.table)
+        old = self._stored(rows)
         if part < 1:
             values = torch.where(old.isnan(), values, old.lerp(values, part))
         self.table[rows] = torch.where(values.isnan(), old, values)
@@ -139,18 +171,22 @@ class SampleStore:
     def merge(self) -> None:
         """Makes the store equal on all ranks; of a row seen by several, the mean is kept."""
         mine = self.dirty.nonzero().squeeze(1)
-        names = {row: i for i, row in self.rows.items()} if self.rows is not None else None
-        ids = mine.tolist() if names is None else [names[row] for row in mine.tolist()]
-        parts = gather((ids, self.table[mine])) or []
-        sums: dict[int, list[Tensor]] = {}
-        for part_ids, part in parts:
-            for position, i in enumerate(part_ids):
-                sums.setdefault(i, []).append(part[position].float())
-        if sums:
-            ordered = sorted(sums)
-            merged = torch.stack([torch.stack(sums[i]).nanmean(0) for i in ordered])
-            self.write(self.locate(ordered, create=True), merged)
+        ids = mine if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)[mine]
+        counts = gather(len(ids))
+        if counts is not None:
+            pieces = 1 + sum(counts) // _PIECE
+            for piece in range(pieces):
+                here = ids.remainder(pieces) == piece
+                self._write_mean(gather((ids[here], self.table[mine[here]])) or [])
         self.dirty.zero_()
+
+    def _write_mean(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        ids, place = torch.cat([ids for ids, _ in parts]).unique(return_inverse=True)
+        values = torch.cat([values for _, values in parts]).float()
+        total, count = torch.zeros(2, len(ids), values.shape[1])
+        total.index_add_(0, place, values.nan_to_num(0.0))
+        count.index_add_(0, place, (~values.isnan()).float())
+        self.write(self.locate(ids.tolist(), create=True), total / count)
 
     def state_dict(self) -> dict[str, Any]:
         """Gives the content as tensors and builtins.
@@ -161,7 +197,7 @@ class SampleStore:
         ids = None if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)
         used = len(self.table) if self.rows is None else len(self.rows)
         return {
-            "table": self.table[:used].clone(),
+            "table": self._copy(self.table[:used], used),
             "known": self.known[:used].clone(),
             "ids": ids,
             "num_samples": self.num_samples,
@@ -185,7 +221,7 @@ class SampleStore:
             )
         self._means = None
         self.num_samples = self.num_samples or saved
-        self.table = state["table"].cpu().clone()
+        self.table = self._copy(state["table"], len(state["table"]))
         self.known = state["known"].cpu().clone()
         ids = state["ids"]
         self.rows = None if ids is None else {i: row for row, i in enumerate(ids.tolist())}

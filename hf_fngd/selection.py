@@ -101,8 +101,8 @@ def select_layers(
         if next(m.parameters(recurse=False), None) is not None
     }
     head = _vocabulary_head(model)
-    wanted = _matches(target, modules, everything=True)
-    unwanted = _matches(exclude, modules, everything=False)
+    wanted = set(modules) if target is None else _matches("target_modules", target, modules)
+    unwanted = set() if exclude is None else _matches("exclude_modules", exclude, modules)
     selection = Selection()
     for path, module in modules.items():
         reason, adapter = (
@@ -129,7 +129,11 @@ def select_layers(
             p for p, m in modules.items() if _reason(p, m, owners, head, batch_norm) is None
         ]
         names = sorted({path.rpartition(".")[2] for path in possible})
-        hint = f"names that can be chosen: {', '.join(names)}" if names else "the model has none"
+        hint = (
+            f"names that can be chosen: {', '.join(names)}"
+            if names
+            else f"the model has none: each must be one of {_SUPPORTED}, and train"
+        )
         raise FNGDError(
             f"no layer matches target_modules={target!r} exclude_modules={exclude!r}; {hint}"
         )
@@ -201,22 +205,23 @@ def _vocabulary_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _matches(target: Target, modules: dict[str, nn.Module], *, everything: bool) -> set[str]:
-    if target is None:
-        return set(modules) if everything else set()
+def _matches(setting: str, target: str | Sequence[str], modules: Iterable[str]) -> set[str]:
     if isinstance(target, str):
         if target in ("all-linear", "all_linear"):
             return set(modules)
-        return {path for path in modules if _full_match(target, path)}
+        return {path for path in modules if _full_match(setting, target, path)}
     found: set[str] = set()
     for entry in target:
-        exact = {p for p in modules if f".{entry}." in f".{p}." or _full_match(entry, p)}
+        exact = {p for p in modules if f".{entry}." in f".{p}." or _full_match(setting, entry, p)}
         found |= exact or {path for path in modules if entry in path}
     return found
 
 
-def _full_match(pattern: str, path: str) -> bool:
+def _full_match(setting: str, pattern: str, path: str) -> bool:
     try:
         return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise FNGDError(f"target_modules: {pattern!r} is no regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FNGDError(
+            f"{setting}: {pattern!r} is no regular expression ({error}): give one, or names of "
+            "layers"
+        ) from None

@@ -11,6 +11,12 @@ from typing import Any, ClassVar, TypeVar
 from hf_fngd.errors import FNGDError
 
 Config = TypeVar("Config", bound="OptimizerConfig")
+_ELSEWHERE: dict[object, str] = {
+    "lr": "learning_rate",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+}
+_IN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def setting(
@@ -118,13 +124,20 @@ class OptimizerConfig:
                         f"{one.name}={value!r} is not allowed: choose "
                         f"{', '.join(choices)}{_nearest(value, choices)}"
                     )
+            elif "list" in str(one.type):
+                many = value if isinstance(value, list | tuple) else [value]
+                if value is not None and not all(isinstance(name, str) for name in many):
+                    raise FNGDError(
+                        f"{one.name}={value!r}: give names of layers, or one pattern for their "
+                        "paths"
+                    )
             elif "bool" in str(one.type):
                 if not (isinstance(value, bool) or (optional and value is None)):
                     either = "true, false or none" if optional else "true or false"
                     raise FNGDError(f"{one.name} must be {either}, not {value!r}")
             elif str(one.type).startswith(("int", "float")) and not (optional and value is None):
                 whole = str(one.type).startswith("int")
-                _check_number(one.name, value, whole, one.metadata["bounds"])
+                check_number(one.name, value, whole, one.metadata["bounds"])
 
     @classmethod
     def resumed_fields(cls) -> list[str]:
@@ -195,8 +208,9 @@ class OptimizerConfig:
                 return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
             return int(text) if "int" in kind else float(text) if "float" in kind else text
         except (KeyError, ValueError):
-            wanted = kind.replace(" | None", "")
-            raise FNGDError(f"optim_args: {name}={text!r} is not a {wanted}") from None
+            wanted = _IN_WORDS[kind.replace(" | None", "")]
+            optional = " or none" if "None" in kind else ""
+            raise FNGDError(f"optim_args: {name}={text!r} must be {wanted}{optional}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the settings as plain values, for JSON files and checkpoints.
@@ -207,7 +221,18 @@ class OptimizerConfig:
         return asdict(self)
 
 
-def _check_number(name: str, value: Any, whole: bool, bounds: Mapping[str, float]) -> None:
+def check_number(name: str, value: Any, whole: bool, bounds: Mapping[str, float]) -> None:
+    """Refuses what is no number, or out of range.
+
+    Args:
+        name: What the user calls it.
+        value: What the user gave.
+        whole: Whether it must be an int.
+        bounds: Limits by `above`, `at least`, `at most` and `below`.
+
+    Raises:
+        FNGDError: If it is not within the bounds.
+    """
     number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     passed = {
         "above": lambda bound: value > bound,
@@ -220,11 +245,13 @@ def _check_number(name: str, value: Any, whole: bool, bounds: Mapping[str, float
         and -math.inf < value < math.inf
         and all(passed[side](bound) for side, bound in bounds.items())
     ):
+        kind = "a whole number" if whole else "a finite number"
         wanted = " and ".join(f"{side} {bound:g}" for side, bound in bounds.items())
-        kind = "whole" if whole else "finite"
-        raise FNGDError(f"{name} must be a {kind} number {wanted}, not {value!r}")
+        raise FNGDError(f"{name} must be {' '.join(filter(None, (kind, wanted)))}, not {value!r}")
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:
+    if name in _ELSEWHERE:
+        return f" (it has a place of its own: --{_ELSEWHERE[name]} of the Trainer)"
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

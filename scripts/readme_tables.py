@@ -80,6 +80,33 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def store() -> str:
+    """Makes the table of the coefficient store's memory and time from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "store.json").read_text())
+    results = report["results"]
+    lines = [
+        "| rows | ids | precision | table | beside it | look-up | share of a step |",
+        "|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for row in [*results["measured"], *results["on_paper"]]:
+        place = " in a file" if row["file"] else ""
+        time = "not measured | "
+        if "look_up_ms" in row:
+            time = f"{row['look_up_ms']:.2f} ms | {row['share_of_step']:.2%}"
+        lines.append(
+            f"| {row['rows']:,} | {row['ids']} | {row['dtype']}{place} | "
+            f"{row['table_mib']:,.0f} MiB | {row['beside_mib']:,.1f} MiB | {time} |"
+        )
+    batch = report["workload"]["batch_size"]
+    last = f"Machine: {report['machine']}, torch {report['torch']}; a step of batch {batch} took "
+    last += f"{results['step_ms']:.0f} ms. The largest numbers of rows are computed, not measured."
+    return "\n".join([*lines, "", last])
+
+
 def rules() -> str:
     """Makes the table of the update rules' time from the benchmark results.
 
@@ -236,7 +263,7 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for make in (settings, costs, rules, methods, comparison, quality, sharing, support):
+    for make in (settings, costs, store, rules, methods, comparison, quality, sharing, support):
         name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

@@ -20,6 +20,19 @@ from hf_fngd import FNGDSeq2SeqTrainer  # noqa: E402
 from tests.hf_utils import arguments, make_trainer  # noqa: E402
 
 
+def die_while_saving(number):
+    """Makes the process kill itself when half of its n-th file of torch.save is written."""
+    save, calls = torch.save, iter(range(number))
+
+    def half(content, path, **options):
+        save(content, path, **options)
+        if next(calls, None) is None:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+
+
 def train(folder, resume):
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(folder, **settings))
@@ -27,12 +40,14 @@ def train(folder, resume):
     torch.save(trainer.model.state_dict(), folder / "final.pt")
 
 
-def fork(folder, resume):
+def fork(folder, resume, dies_at=None):
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        if dies_at is not None:
+            die_while_saving(dies_at)
         sys.stderr = (folder / "stderr.txt").open("w")
         train(folder, resume)
         code = 0
@@ -52,9 +67,12 @@ def main(folder, kills, seed):
     for number in range(kills):
         run = folder / f"run{number}"
         run.mkdir()
-        child = fork(run, None)
-        time.sleep(draw.uniform(0.05, 0.95) * seconds)
-        os.kill(child, signal.SIGKILL)
+        # Every fourth dies in the middle of writing a checkpoint, the others whenever it is.
+        saving = number % 4 == 3
+        child = fork(run, None, draw.randrange(1, 30) if saving else None)
+        if not saving:
+            time.sleep(draw.uniform(0.05, 0.95) * seconds)
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         left = {
             path.name: (path / "trainer_state.json").exists() for path in run.glob("checkpoint-*")
@@ -65,7 +83,7 @@ def main(folder, kills, seed):
         same = found.keys() == expected.keys() and all(
             torch.equal(value, found[name]) for name, value in expected.items()
         )
-        report.append({"left": left, "code": code, "same": same})
+        report.append({"left": left, "saving": saving, "code": code, "same": same})
         if not same:
             report[-1]["stderr"] = (run / "stderr.txt").read_text()[-2000:]
         shutil.rmtree(run)

@@ -31,6 +31,7 @@ REFUSED = {
     "gram_outputs": [0, -1, 0.5],
     "other_lr": [-1e-3, NAN, INF],
     "num_samples": [0, -1, 10.5],
+    "store_dir": ["", 3, True],
     "nesterov": ["yes"],
     "seed": [1.5, "a", None],
 }

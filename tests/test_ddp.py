@@ -89,13 +89,30 @@ def test_one_process_resumes_what_two_began(tmp_path):
     assert launch(tmp_path, *options, epochs=1).returncode == 0
     checkpoint = tmp_path / "checkpoint-4"
     resume = ["--resume_from_checkpoint", str(checkpoint), "--num_train_epochs", "3"]
-    # As large a batch as the two had, so that the first epoch is over.
-    batch = ["--per_device_train_batch_size", "8"]
-    out = run(
-        SCRIPT, "--output_dir", str(tmp_path), "--optim", "fngd", *SETTINGS, *batch, *options,
-        *resume,
-    )  # fmt: skip
+    out = in_one(tmp_path, *options, *resume)
     assert out.returncode == 0, out.stderr
+    check_reuse_after_the_first_epoch(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_what_one_began(tmp_path):
+    options = ["--optim_args", "update_scale=rms", "--save_steps", "4", "--seed", "3"]
+    assert in_one(tmp_path, *options, "--num_train_epochs", "1").returncode == 0
+    resume = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-4")]
+    out = launch(tmp_path, *options, *resume, epochs=3)
+    assert out.returncode == 0, out.stderr
+    check_reuse_after_the_first_epoch(tmp_path)
+    first, second = both(tmp_path, "weights")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def in_one(folder, *options):
+    """One process, with as large a batch as two have, so that their epochs are equally long."""
+    batch = ["--per_device_train_batch_size", "8"]
+    return run(SCRIPT, "--output_dir", str(folder), "--optim", "fngd", *SETTINGS, *batch, *options)
+
+
+def check_reuse_after_the_first_epoch(tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     later = [e for e in history if e.get("step", 0) > 4 and "fngd/reuse_rate" in e]
     assert later and all(e["fngd/reuse_rate"] == 1.0 and e["fngd/reusing"] == 1.0 for e in later)

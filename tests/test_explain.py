@@ -84,7 +84,8 @@ def test_table_totals_and_settings(tmp_path, capsys):
     assert row.split()[1:7] == ["Linear", "16x16", "chosen", "1.00", "5", "direct"]
     assert re.search(r"lm_head +Linear +left out: vocabulary head, tied to", out)
     assert "16 layers chosen, 11 left out." in out
-    assert "262144 rows: 16.0 MiB" in out and "forward pass without" not in out
+    assert "262144 rows: 16.0 MiB of main memory, 8.0 MiB with store_dtype=float16" in out
+    assert "forward pass without" not in out
     # Every layer is direct: N·d_in·d_out·(T + N) against 3·N·T·d_in·d_out.
     assert f"first epoch only: {(5 + 4) / (3 * 5):.2f} times" in out
     assert settings(out).num_samples == 262144

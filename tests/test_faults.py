@@ -30,6 +30,8 @@ def test_killed_at_random_moments(tmp_path):
     assert len(report) == KILLS
     wrong = [one for one in report if one["code"] or not one["same"]]
     assert not wrong, (seed, wrong)
+    written = [one["left"].values() for one in report if one["saving"]]
+    assert len(written) == KILLS // 4 and not any(all(wholes) for wholes in written), written
 
 
 @pytest.fixture(scope="module")

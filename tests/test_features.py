@@ -65,13 +65,13 @@ def test_overflow_of_fp16_skips_the_step_and_spares_the_store():
         assert changed == (number != 1)
     assert scaler.get_scale() == 2.0**11
     assert optimizer.statistics()["nonfinite"] == 2  # both layers, in one batch
-    table = optimizer.coefficients.store.table
+    table = optimizer.coefficients.store.values()
     assert table[:4].isfinite().all() and table[8:].isfinite().all()
     assert table[4:8].isnan().all()  # nothing is known of the batch that overflowed
     # Its rows are made up for when they come again.
     for batch in batches(2):
         step(model, optimizer, scaler, *batch)
-    assert optimizer.coefficients.store.table.isfinite().all()
+    assert optimizer.coefficients.store.values().isfinite().all()
 
 
 @pytest.mark.feature("Hyper-parameter search (`model_init`)", "works")

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_fngd import create_fngd_optimizer
+from hf_fngd import FNGDSeq2SeqTrainer, create_fngd_optimizer
+from tests.hf_utils import arguments, make_trainer
 from tests.test_ddp import on_two_ranks
 
 ROWS, BATCH, EPOCHS = 16, 4, 3
@@ -89,6 +90,8 @@ def main(folder):
             found[name] = train_sharded(name, rank)
         except Exception as error:  # told by the test of this variant
             found[name] = f"{type(error).__name__}: {error}"
+    args = arguments(folder, fsdp=True, fsdp_config={"version": 2})
+    found["trainer"] = make_trainer(FNGDSeq2SeqTrainer, args).accelerator.distributed_type.value
     torch.save(found, f"{folder}/weights{rank}.pt")
     dist.destroy_process_group()
 
@@ -101,7 +104,8 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.feature(
     "FSDP2",
     "works",
-    "plain loop; the Trainer turns FSDP on with an accelerator only, where it has not been tried",
+    "plain loop; the Trainer turns FSDP on with an accelerator only, where it has not been tried "
+    "(on CPUs it trains with DDP instead)",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
@@ -116,6 +120,12 @@ def test_sharded_weights_follow_the_same_path(name, two_ranks):
             # orthogonalised shard by shard would go another way altogether.
             allowed = 0.2 if name == "muon" else 1e-10
             assert error.norm() <= allowed * (value - start[key]).norm(), key
+
+
+@pytest.mark.slow
+def test_trainer_does_not_shard_on_cpus(two_ranks):
+    """AcceleratorState chooses so; once this fails, FSDP2 can be tried in a Trainer here."""
+    assert [found["trainer"] for found in two_ranks] == ["MULTI_CPU"] * 2
 
 
 if __name__ == "__main__":

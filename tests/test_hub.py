@@ -262,4 +262,4 @@ def test_explain_reads_no_more_than_the_config_of_a_model_on_the_hub(hub, tmp_pa
     out = client(hub, tmp_path, "-m", "hf_fngd", "explain", "me/none")
     last = out.stderr.strip().splitlines()[-1]
     assert out.returncode == 2 and "Traceback" not in out.stderr
-    assert last.startswith("hf_fngd: cannot read the config of 'me/none': me/none is not a local")
+    assert last.startswith("hf_fngd: cannot read the config of 'me/none': give the id of a model")

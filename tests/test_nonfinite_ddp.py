@@ -83,7 +83,7 @@ def outcome(optimizer):
     mine = optimizer.statistics()["nonfinite"]
     optimizer.coefficients.statistics.gather_counts()
     return {
-        "table": optimizer.coefficients.store.table.clone(),
+        "table": optimizer.coefficients.store.values(),
         "nonfinite": (mine, optimizer.statistics()["nonfinite"]),
     }
 

@@ -118,6 +118,19 @@ def test_what_is_said_of_the_comparison_is_so():
         assert min(means, key=means.get) == "fngd" and len(means) == 8, means
 
 
+def test_what_is_said_of_the_store_is_so():
+    file = ROOT / "scripts" / "bench" / "results" / "store.json"
+    text = file.read_text()
+    results = json.loads(text)["results"]
+    largest = [row for row in results["measured"] if row["rows"] == 10**6]
+    assert len(largest) == 4 and results["stored_layers"] == 100
+    assert all(row["highest_share"] < 0.01 for row in largest)
+    for row in [*results["measured"], *results["on_paper"]]:
+        size = {"float32": 4, "float16": 2}[row["dtype"]]
+        assert row["table_mib"] == size * row["rows"] * 100 / 2**20
+    assert {row["rows"] for row in results["on_paper"]} == {10**8}
+
+
 def test_what_is_said_of_old_coefficients_is_so():
     assert "further away, at every damping" in README and "nearer at λ = 0.1" in README
     later = {}

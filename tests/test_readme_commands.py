@@ -72,6 +72,7 @@ SHRINK = {
     "methods": {**BENCH, "width": 4, "rounds": 1, "memory_repeats": 0},
     "update_rules": {**NET, "repeats": 2, "warmup": 1, "threads": 1, "output": "b.json"},
     "step_time": {**BENCH, "repeats": 2, "warmup": 1},
+    "store": {**BENCH, "repeats": 2, "rows": 64, "stored_layers": 3},
     # One of the processes that it starts.
     "memory": {**BENCH, "steps": 1, "variant": "fngd first epoch"},
     "coefficient_noise": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,

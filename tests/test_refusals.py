@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Seq2SeqTrainer
 
-from hf_fngd import FNGD, KFAC, FNGDError, FNGDSeq2SeqTrainer
+from hf_fngd import FNGD, KFAC, FNGDConfig, FNGDError, FNGDSeq2SeqTrainer
 from hf_fngd.hf import support
 from tests.hf_utils import arguments, make_trainer, token_pairs
 
@@ -43,8 +43,10 @@ def test_data_parallel(cls, tmp_path):
 def test_deepspeed(launch, tmp_path):
     args = arguments(tmp_path)
     launch(DistributedType.DEEPSPEED)
-    with pytest.raises(FNGDError, match="DeepSpeed.*use DDP"):
+    with pytest.raises(FNGDError, match=r"DeepSpeed.*use DDP \(torchrun\) or FSDP2"):
         support.refuse_unsupported(args, FNGD)
+    with pytest.raises(FNGDError, match=r"KFAC.*DeepSpeed.*use DDP \(torchrun\)$"):
+        support.refuse_unsupported(args, KFAC)
 
 
 def test_deepspeed_by_argument(tmp_path):
@@ -90,6 +92,67 @@ def test_dataset_without_length_works_where_no_rows_are_needed(cls, share, tmp_p
     phases = [e["fngd/reusing"] for e in trainer.state.log_history if "fngd/reusing" in e]
     # two steps an epoch
     assert phases == ([0.0] * 2 + [1.0] * 4 if share == "layer" else [0.0] * 6)
+
+
+def layer():
+    return torch.nn.Sequential(torch.nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda o: o.set_batch(["a", "b"]),
+            "sample_ids must be whole numbers of 64 bits.*give the",
+        ),
+        (
+            lambda o: o.set_batch([2**70, 1]),
+            "sample_ids must be whole numbers of 64 bits.*give the",
+        ),
+        (lambda o: o.start_epoch(-1), "epochs are counted from 0, there is no epoch -1"),
+        (lambda o: o.load_state_dict({"fngd": 3}), "is not FNGD's: resume with the optimizer that"),
+        (lambda o: o.load_state_dict({}), "is not FNGD's: resume with the optimizer that wrote it"),
+        (lambda o: FNGD(layer().parameters(), -1, module=layer()), "lr must be a finite number at"),
+        (lambda o: FNGD([], module=layer(), config=3), "FNGD takes config=FNGDConfig.*not a int"),
+        (
+            lambda o: FNGD([], module=torch.nn.ReLU()),
+            "the model has none: each must be one of Linear",
+        ),
+        (lambda o: FNGDConfig(target_modules=3), "target_modules=3: give names of layers, or one"),
+        (lambda o: FNGDConfig(seed=None), "seed must be a whole number, not None"),
+        (
+            lambda o: FNGD([], module=layer(), exclude_modules="("),
+            r"exclude_modules: '\(' is no regular expression .*: give one, or names of layers",
+        ),
+    ],
+)
+def test_plain_loop(function, message):
+    model = layer()
+    with pytest.raises(FNGDError, match=message):
+        function(FNGD(model.parameters(), module=model))
+
+
+@pytest.mark.parametrize("missing", ["store", "epoch", "data"])
+def test_state_without_a_part(missing):
+    model = layer()
+    optimizer = FNGD(model.parameters(), module=model)
+    state = optimizer.state_dict()
+    del state["fngd"][missing]
+    with pytest.raises(
+        FNGDError, match=f"has no '{missing}'.*: resume with that version, or start"
+    ):
+        optimizer.load_state_dict(state)
+
+
+def test_wrong_number_of_samples_is_told_once(caplog):
+    model = layer()
+    optimizer = FNGD(model.parameters(), module=model)
+    for _ in range(2):
+        optimizer.set_batch(range(3))
+        model(torch.ones(4, 2)).sum().backward()
+        optimizer.step()
+    assert caplog.text.count("all layers are left out, so there is no natural gradient") == 1
+    assert "announce as many samples as the batch has rows" in caplog.text
 
 
 @BOTH

@@ -7,12 +7,15 @@ import json
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers import trainer as trainer_module
 from transformers.training_args import OptimizerNames
 
-from hf_fngd import FNGDCallback, FNGDError, register
+from hf_fngd import FNGDCallback, FNGDConfig, FNGDError, register
 from hf_fngd.hf import registry
+from hf_fngd.selection import select_layers
 from tests.hf_utils import arguments, make_trainer, tiny_marian
 
 NAMES = pytest.mark.parametrize("name", list(registry.OPTIMIZERS))
@@ -72,21 +75,22 @@ def test_settings_reach_the_optimizer(tmp_path):
     ("text", "message"),
     [
         ("dampng=0.1", r"'dampng' is not a setting of FNGD \(did you mean 'damping'\?\)"),
+        ("lr=0.1", r"'lr' is not a setting of FNGD \(it has a place .* --learning_rate"),
         ("damping=0.1,,share=layer,", None),
         ("damping", r"'damping' is not name=value"),
         ("damping=0.1=2", r"is not name=value"),
         ("=0.1", r"is not name=value"),
         ("damping=", r"is not name=value"),
-        ("damping=0.1,damping=0.2", r"damping is given twice"),
-        ("damping=zero", r"damping='zero' is not a float"),
+        ("damping=0.1,damping=0.2", r"damping is given twice: leave one out"),
+        ("damping=zero", r"damping='zero' must be a number"),
         ("damping=0", r"damping must be a finite number above 0"),
         ("damping=-1", r"damping must be a finite number above 0"),
         ("damping=nan", r"damping must be a finite number above 0"),
         ("damping=inf", r"damping must be a finite number above 0"),
-        ("refresh_every=1.5", r"refresh_every='1.5' is not a int"),
+        ("refresh_every=1.5", r"refresh_every='1.5' must be a whole number"),
         ("momentum=1", r"momentum must be a finite number at least 0 and below 1"),
         ("share=samples", r"share='samples' is not allowed: choose .*did you mean 'sample'"),
-        ("nesterov=perhaps", r"nesterov='perhaps' is not a bool"),
+        ("nesterov=perhaps", r"nesterov='perhaps' must be true or false or none"),
         ("fisher_unit=token", r"share=sample does not go with fisher_unit=token"),
         ("gram_route=nystrom", r"gram_route=nystrom does not go with fisher_unit=sample"),
         ("target_modules=nothing_like_it", r"no layer matches target_modules='nothing_like_it'"),
@@ -103,6 +107,37 @@ def test_bad_settings_are_named(text, message, tmp_path):
     else:
         with pytest.raises(FNGDError, match=message):
             create()
+
+
+PIECES = st.one_of(
+    st.sampled_from([item.name for item in dataclasses.fields(FNGDConfig)]),
+    st.sampled_from(["=", ",", "|", "==", ",,", " ", "=,", "none", "true", "0.5", "1e999", "-1"]),
+    st.sampled_from(["sample", "all-linear", "muon", "(", "[", "(?:a){9999999999}", "\\d\\", "2"]),
+    st.text(max_size=6),
+)
+
+
+@NAMES
+def test_any_optim_args_are_read_or_refused(name, tmp_path):
+    args = TrainingArguments(str(tmp_path), optim=name, use_cpu=True)
+    outcomes = set()
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.lists(PIECES, max_size=9).map("".join))
+    @example("damping=0.5")
+    @example("target_modules=(?:a){9999999999}")
+    def check(text):
+        args.optim_args = text
+        try:
+            config = registry.config_from_args(args)
+            select_layers(torch.nn.Sequential(torch.nn.Linear(2, 2)), config.target_modules)
+            outcomes.add("read")
+        except FNGDError as error:
+            assert len(str(error).splitlines()) == 1
+            outcomes.add("refused")
+
+    check()
+    assert outcomes == {"read", "refused"}
 
 
 def test_rule_and_layers_are_given_once(tmp_path):

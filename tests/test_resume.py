@@ -60,6 +60,19 @@ def test_resumed_run_is_bit_identical(cls, settings, tmp_path):
         assert same(weights(whole.model), weights(again.model)), f"stopped after step {stop}"
 
 
+@pytest.mark.feature("Coefficients in a file (`store_dir`)", "works", "nothing of it stays behind")
+def test_run_with_coefficients_in_a_file(tmp_path):
+    whole = run(FNGDSeq2SeqTrainer, tmp_path / "whole", "share=sample")
+    (tmp_path / "store").mkdir()
+    places = ["share=sample", f"share=sample,store_dir={tmp_path / 'store'}"]
+    for number, (first, second) in enumerate([places, places[::-1]]):
+        folder = tmp_path / f"cut{number}"
+        run(FNGDSeq2SeqTrainer, folder, first, stop=6)
+        again = run(FNGDSeq2SeqTrainer, folder, second, resume=str(folder / "checkpoint-6"))
+        assert same(weights(whole.model), weights(again.model))
+    assert not list((tmp_path / "store").iterdir())
+
+
 @pytest.mark.feature(
     "Gradient accumulation, short last window", "works", "coefficients per micro-batch"
 )

@@ -282,7 +282,7 @@ BAD = {
     ),
     "unknown optim_args": (lambda f: {"optim_args": "dampnig=1"}, "did you mean 'damping'"),
     "damping zero": (lambda f: {"optim_args": "damping=0"}, "damping must be .*above 0, not 0"),
-    "damping no number": (lambda f: {"optim_args": "damping=x"}, "damping='x' is not a float"),
+    "damping no number": (lambda f: {"optim_args": "damping=x"}, "damping='x' must be a number"),
     "damaged gz": (lambda f: {"train_file": broken(f, "x.jsonl.gz", "no")}, "or a damaged .gz"),
     "not UTF-8": (lambda f: {"train_file": latin(f)}, "the train set is not UTF-8, convert it"),
     "output is a file": (lambda f: {"output_dir": broken(f, "o", "")}, "is a file: choose a"),

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
+import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "tests" / "stock_script.py")
@@ -77,6 +79,36 @@ def test_exit_code_and_traceback_of_a_failing_script(tmp_path):
     script.write_text("raise KeyError('mine')\n")
     out = run(str(script))
     assert out.returncode == 1 and "KeyError: 'mine'" in out.stderr
+
+
+def test_nothing_outside_the_process_changes(tmp_path):
+    """No file of an installed package, of the home or of the working folder; no other process."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir(), work.mkdir()
+    script = tmp_path / "asks.py"
+    script.write_text(
+        "from transformers import TrainingArguments\n"
+        "print(TrainingArguments('unused', optim='fngd', use_cpu=True).optim.value)\n"
+    )
+    packages = [Path(accelerate.__file__).parent, Path(transformers.__file__).parent]
+    packages += [packages[0].parent / "torch" / "optim", ROOT / "hf_fngd"]
+
+    def installed():
+        files = [path for folder in packages for path in folder.rglob("*.py")]
+        files += packages[0].parent.glob("*.pth")
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+    settings = {"HOME": str(home), "HF_HOME": str(home / "hf"), "MPLCONFIGDIR": str(home / "mpl")}
+    before = installed()
+    out = run(str(script), cwd=work, **settings)
+    assert (out.returncode, out.stdout.strip()) == (0, "fngd"), out.stderr
+    # What a plain run of transformers leaves there it may leave here too.
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert not [name for name in left if "fngd" in name]
+    out = run(str(script), launcher=(), cwd=work, **settings)
+    assert out.returncode == 1 and "fngd is not a valid OptimizerNames" in out.stderr
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == left
+    assert installed() == before and not list(work.iterdir())
 
 
 def test_script_sees_its_own_folder_first(tmp_path):

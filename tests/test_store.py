@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import random
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_fngd import FNGDError
+from hf_fngd import FNGDError, sample_store
 from hf_fngd.mean_store import MeanStore
 from hf_fngd.sample_store import SampleStore
 
@@ -164,6 +171,149 @@ def test_other_data_set_is_refused() -> None:
     store = SampleStore(LAYERS, torch.float32, 10)
     with pytest.raises(FNGDError, match=r"10 rows.*11.*same data"):
         SampleStore(LAYERS, torch.float32, 11).load_state_dict(store.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_too_large_for_the_precision_is_bounded(dtype: torch.dtype) -> None:
+    store = SampleStore(LAYERS, dtype)
+    put(store, [1], torch.tensor([[torch.inf, -torch.inf, 1.0]]))
+    limit = torch.finfo(dtype).max
+    assert get(store, [1]).tolist() == [[limit, -limit, 1.0]]
+
+
+@pytest.mark.parametrize("bound", [None, 20])
+@pytest.mark.parametrize("shift", [0, -3, 2**62], ids=["rows", "negative", "hashes"])
+def test_merge_keeps_the_mean_of_all_ranks(
+    shift: int, bound: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 12 rows, 3 or so at a time go to the other ranks.
+    monkeypatch.setattr(sample_store, "_PIECE", 3)
+    stores = [SampleStore(LAYERS, torch.float32, bound) for _ in range(3)]
+    seen = [[4, 0, 2, 1], [2, 9, 4, 7], [8, 3, 2, 6]]
+    values = torch.randn(3, 4, LAYERS)
+    values[1, 2, 1] = torch.nan
+    for store, rows, part in zip(stores, seen, values, strict=True):
+        put(store, [row + shift for row in rows], part)
+    merge(stores, monkeypatch)
+    for store in stores:
+        for row in {row for rows in seen for row in rows}:
+            parts = [values[k, rows.index(row)] for k, rows in enumerate(seen) if row in rows]
+            expected = torch.stack(parts).nanmean(0)
+            torch.testing.assert_close(get(store, [row + shift])[0], expected)
+        assert store.count_known(store.locate([5 + shift], create=False)) == 0
+        assert not store.dirty.any()
+    # What is not new is not sent: merging again changes nothing.
+    before = stores[0].values()
+    merge(stores, monkeypatch)
+    torch.testing.assert_close(stores[0].values(), before, rtol=0, atol=0, equal_nan=True)
+
+
+def merge(stores: list[SampleStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges as three ranks would, one thread a rank."""
+    barrier = threading.Barrier(len(stores))
+    mine = threading.local()
+    sent: list[Any] = [None] * len(stores)
+
+    def gather(value: Any) -> list[Any]:
+        sent[mine.rank] = value
+        barrier.wait(10)
+        found = list(sent)
+        barrier.wait(10)
+        return found
+
+    def run(rank: int) -> None:
+        mine.rank = rank
+        stores[rank].merge()
+
+    monkeypatch.setattr(sample_store, "gather", gather)
+    with ThreadPoolExecutor(len(stores)) as pool:
+        list(pool.map(run, range(len(stores)), timeout=20))
+
+
+# ---- in a file -----------------------------------------------------------------------------------
+
+
+def mapped(path: Path) -> bool:
+    """Whether this process has memory mapped to a file, deleted or not, of a folder."""
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bound", [None, 4000])
+@pytest.mark.parametrize("shift", [0, -50], ids=["rows", "negative"])
+def test_store_in_a_file_is_the_store_in_memory(
+    dtype: torch.dtype, bound: int | None, shift: int, tmp_path: Path
+) -> None:
+    stores = [SampleStore(LAYERS, dtype, bound, folder) for folder in (None, tmp_path)]
+    order = torch.randperm(4000) + shift
+    for part in order[:3000].split(700):
+        values = torch.randn(len(part), LAYERS)
+        values[0, 1] = torch.nan
+        for store in stores:
+            put(store, part.tolist(), values)
+    for store in stores:
+        store.trim()
+    assert mapped(tmp_path)
+    assert_close = torch.testing.assert_close
+    assert_close(stores[0].values(), stores[1].values(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(*[get(store, order.tolist()) for store in stores])
+    # A checkpoint does not say where the coefficients were.
+    state = reload(stores[1].state_dict())
+    for folder in (None, tmp_path):
+        other = SampleStore(LAYERS, dtype, bound, folder)
+        other.load_state_dict(state)
+        assert torch.equal(get(other, order.tolist()), get(stores[0], order.tolist()))
+
+
+def test_nothing_of_the_file_stays_behind(tmp_path: Path) -> None:
+    store = SampleStore(LAYERS, torch.float32, 100, tmp_path)
+    put(store, [1, 2], torch.ones(2, LAYERS))
+    assert list(tmp_path.iterdir()) == [] and mapped(tmp_path)
+    del store
+    assert not mapped(tmp_path)
+
+
+def test_two_processes_have_a_file_each(tmp_path: Path) -> None:
+    """Forked, as by a launcher: what one writes the other does not see."""
+    store = SampleStore(LAYERS, torch.float32, 100, tmp_path)
+    code = (
+        "import sys, torch; from hf_fngd.sample_store import SampleStore\n"
+        f"store = SampleStore({LAYERS}, torch.float32, 100, sys.argv[1])\n"
+        f"store.write(store.locate([1], create=True), torch.ones(1, {LAYERS}))\n"
+        "print(float(store.read(store.locate([1], create=False)).sum()))"
+    )
+    put(store, [1], torch.zeros(1, LAYERS))
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(out) == LAYERS and float(get(store, [1]).sum()) == 0
+
+
+def test_room_is_taken_at_once_and_not_while_training(tmp_path: Path) -> None:
+    """A mapped file that finds the disk full when it is written to ends the process."""
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    rows = 2**26 // LAYERS
+    store = SampleStore(LAYERS, torch.float32, rows, tmp_path)
+    store.locate([0], create=True)
+    now = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    assert free - now > 2**27  # of 256 MiB; others use the disk too
+
+
+@pytest.mark.parametrize("what", ["full", "missing", "file"])
+def test_no_room_is_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "there"
+    if what == "full":
+        folder.mkdir()
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    elif what == "file":
+        folder.write_text("")
+    store = SampleStore(LAYERS, torch.float16, 2**20, folder)
+    with pytest.raises(FNGDError, match=r"store_dir='.*there' .*6 MiB .*: .*share=layer"):
+        store.locate([0], create=True)
+    assert what != "full" or list(folder.iterdir()) == []
 
 
 # ---- means ---------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_separation_reads_the_store_by_row(noise):
     assert found["pairs"] == 6 and found["auc"] > 0.8
     assert found["gamma_aligned"] > found["gamma_misaligned"]
     assert list(found["auc_by_layer"]) == ["0", "2"]
-    table = optimizer.coefficients.store.table
+    table = optimizer.coefficients.store.values()
     assert found["auc_by_layer"]["2"] == noise.auc(table[~noisy, 1], table[noisy, 1])
     assert noise.separation(optimizer, noise.misalign(pairs(24), 0.0, 0)) is None
     optimizer.detach()

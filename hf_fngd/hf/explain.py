@@ -107,7 +107,7 @@ def suggestion(options: argparse.Namespace, layers: int) -> str:
     advice = "Its learning rate and damping are its own: search both."
     if options.method == "fngd":
         values |= {"share": "sample", "update_scale": "rms", "num_samples": options.rows}
-        if _store_bytes(options.rows, layers) > _BIG_STORE:
+        if _store_bytes(options.rows, layers, "float32") > _BIG_STORE:
             values["store_dtype"] = "float16"
         advice = "With update_scale=rms start from AdamW's learning rate; then search damping."
     if options.target_modules:
@@ -147,7 +147,7 @@ def _rows(selection: Selection, costs: Mapping[str, LayerCost], rows: int) -> li
     for path, kind, weight, decision in selection.rows():
         row = {"layer": path, "type": kind, "weight": weight, "decision": decision}
         if cost := costs.get(path):
-            row["store MiB"] = f"{_store_bytes(rows, 1) / _MIB:.2f}"
+            row["store MiB"] = f"{_store_bytes(rows, 1, 'float32') / _MIB:.2f}"
             row["positions"] = str(cost.positions)
             if cost.positions:
                 row["Gram route"] = cost.route
@@ -160,11 +160,15 @@ def _totals(costs: Mapping[str, LayerCost], options: argparse.Namespace) -> list
     gram = sum(cost.gram for cost in costs.values())
     training = sum(cost.training for cost in costs.values())
     alone = sum(not cost.positions for cost in costs.values())
-    store = _store_bytes(options.rows, len(costs))
+    store, half = (
+        _store_bytes(options.rows, len(costs), dtype) / _MIB for dtype in ("float32", "float16")
+    )
     found = [
-        f"Coefficient store for {options.rows} rows: {store / _MIB:.1f} MiB of main memory, half "
-        "of it with store_dtype=float16; the workspace of one layer's Gram matrix is bounded by "
-        f"gram_memory_mb={FNGDConfig().gram_memory_mb}"
+        f"Coefficient store for {options.rows} rows: {store:.1f} MiB of main memory, {half:.1f} "
+        "MiB with store_dtype=float16, in each process and each checkpoint; store_dir puts it in a "
+        "file",
+        "The workspace of one layer's Gram matrix is bounded by "
+        f"gram_memory_mb={FNGDConfig().gram_memory_mb}",
     ]
     if alone:
         found.append(
@@ -180,5 +184,5 @@ def _totals(costs: Mapping[str, LayerCost], options: argparse.Namespace) -> list
     return found
 
 
-def _store_bytes(rows: int, layers: int) -> int:
-    return rows * layers * torch.float32.itemsize
+def _store_bytes(rows: int, layers: int, dtype: str) -> int:
+    return rows * layers * getattr(torch, dtype).itemsize

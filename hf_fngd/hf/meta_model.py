@@ -32,7 +32,10 @@ def load_model(name: str) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise FNGDError(f"cannot read the config of {name!r}: {_line(error)}") from None
+        raise FNGDError(
+            f"cannot read the config of {name!r}: give the id of a model on the Hub or a folder "
+            f"with its config.json ({_line(error)})"
+        ) from None
     # Other attention than eager looks at values before it chooses a kernel.
     config._attn_implementation = "eager"
     kind = getattr(transformers, (config.architectures or [""])[0], None)
@@ -43,7 +46,10 @@ def load_model(name: str) -> nn.Module:
             return AutoModel.from_config(config)
     # The model's own code runs here.
     except Exception as error:
-        raise FNGDError(f"cannot build {name!r} without weights: {_line(error)}") from None
+        raise FNGDError(
+            f"cannot build {name!r} without weights ({_line(error)}): load it, attach an optimizer "
+            "and print(optimizer.selection) instead"
+        ) from None
 
 
 def count_positions(

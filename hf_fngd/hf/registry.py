@@ -73,7 +73,7 @@ def config_from_args(args: TrainingArguments) -> OptimizerConfig:
                 "sample\", with '|' between the entries of a list"
             )
         if name in values:
-            raise FNGDError(f"optim_args: {name} is given twice")
+            raise FNGDError(f"optim_args: {name} is given twice: leave one out")
         values[name] = value
     overrides: dict[str, Any] = {
         "adam_beta1": args.adam_beta1,

@@ -31,7 +31,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         if not isinstance(history, list) or not _is_history(history):
             raise FNGDError(
                 f"{str(folder)!r} is no finished run: it has no metrics.json and no "
-                "trainer_state.json with a history of training"
+                "trainer_state.json with a history of training; give the --output_dir of one that "
+                "has ended"
             )
         timed = [entry for entry in history if "train_runtime" in entry]
         metrics = {"history": history, "train": timed[-1] if timed else {}}
@@ -86,5 +87,5 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FNGDError(f"cannot read {str(path)!r}: {error}") from None
+        raise FNGDError(f"cannot read {str(path)!r} ({error}): leave the run out") from None
     return found if isinstance(found, dict) else {}

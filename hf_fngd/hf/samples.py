@@ -56,10 +56,12 @@ class IndexCollator:
 
     Args:
         collator: The collator of the user. Rows without a number pass through unchanged.
+        as_tensor: Whether the numbers are a tensor instead, as they must be where one process reads
+            the batches of all; a list is not moved to the device and back.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
+    def __init__(self, collator: Callable[[list[Any]], Any], as_tensor: bool = False) -> None:
+        self.collator, self.as_tensor = collator, as_tensor
 
     def __call__(self, features: list[Any]) -> Any:  # noqa: D102
         rows: list[int] = []
@@ -75,7 +77,7 @@ class IndexCollator:
                 items.append(feature)
         batch = self.collator(items)
         if len(rows) == len(features) and hasattr(batch, "__setitem__"):
-            batch[INDEX_COLUMN] = rows
+            batch[INDEX_COLUMN] = torch.tensor(rows) if self.as_tensor else rows
         return batch
 
 

@@ -27,6 +27,7 @@ def refuse_unsupported(args: TrainingArguments, optimizer: type[LayerOptimizer])
             gradients at the optimizer step.
     """
     title = optimizer.config_class.title
+    whole_gradients = issubclass(optimizer, PreconditionedOptimizer)
     if args.n_gpu > 1:
         raise FNGDError(
             f"{title} does not work with torch.nn.DataParallel: start with torchrun or accelerate "
@@ -35,11 +36,12 @@ def refuse_unsupported(args: TrainingArguments, optimizer: type[LayerOptimizer])
     shared = AcceleratorState._shared_state
     kind = shared.get("distributed_type")
     if getattr(args, "deepspeed", None) or kind == DistributedType.DEEPSPEED:
+        sharded = "" if whole_gradients else " or FSDP2 (fsdp_version: 2)"
         raise FNGDError(
             f"{title} does not work with DeepSpeed, which hides gradients from the optimizer: use "
-            "DDP (torchrun) or FSDP2 (fsdp_version: 2)"
+            f"DDP (torchrun){sharded}"
         )
-    if kind == DistributedType.FSDP and issubclass(optimizer, PreconditionedOptimizer):
+    if kind == DistributedType.FSDP and whole_gradients:
         raise FNGDError(
             f"{title} does not work with FSDP, which divides the gradients that it needs as a "
             "whole: use DDP (torchrun)"

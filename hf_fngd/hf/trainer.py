@@ -123,7 +123,9 @@ class FNGDMixin(LossScaleMixin):
         self._set_signature_columns_if_needed()
         if INDEX_COLUMN not in self._signature_columns:
             self._signature_columns.append(INDEX_COLUMN)
-        self.train_dataset, self.data_collator = with_index(dataset), IndexCollator(collator)
+        dispatched = bool(self.accelerator.dispatch_batches)
+        self.train_dataset = with_index(dataset)
+        self.data_collator = IndexCollator(collator, as_tensor=dispatched)
         try:
             return super().get_train_dataloader()
         finally:
@@ -131,6 +133,8 @@ class FNGDMixin(LossScaleMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
+        if isinstance(rows, torch.Tensor):
+            rows = rows.tolist()
         optimizer = unwrap_optimizer(self.optimizer)
         if optimizer is not None:
             plain = self.accelerator.unwrap_model(model)

@@ -151,7 +151,7 @@ def table(optimizer: FNGD) -> Tensor:
     Returns:
         γ as `[rows, layers]`.
     """
-    return optimizer.coefficients.store.table.double()
+    return optimizer.coefficients.store.values().double()
 
 
 def gradients(data: Data, optimizer: FNGD | None, batch: tuple[Tensor, Any]) -> list[Tensor]:

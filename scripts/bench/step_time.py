@@ -12,10 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 from workload import VARIANTS, Workload, make_step, write_results
+
+Variant = TypeVar("Variant")
 
 
 @dataclass
@@ -28,8 +30,8 @@ class Options:
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], object]], options: Options
-) -> dict[str, list[float]]:
+    steps: Mapping[Variant, Callable[[], object]], options: Options
+) -> dict[Variant, list[float]]:
     """Times steps in turns.
 
     Args:
@@ -39,7 +41,7 @@ def interleave(
     Returns:
         Seconds of every timed step, by variant.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[Variant, list[float]] = {name: [] for name in steps}
     for round_number in range(options.warmup + options.repeats):
         for name, step in steps.items():
             begin = time.perf_counter()

@@ -1,114 +1,175 @@
-"""Memory of the coefficient store, and time of its look-ups, by the number of data set rows.
+"""Memory of the coefficient store, and time of its look-ups beside a training step.
 
-    python scripts/bench/store.py --output scripts/bench/results/store.json
+    python scripts/bench/store.py --repeats 8 --warmup 1 --output scripts/bench/results/store.json
 
-`row numbers` is what FNGDTrainer uses; `hashes` are the 64-bit ids of a stock Trainer, which need a
-dictionary beside the table. The ids of a batch lie anywhere in the data set.
+Before each look-up comes a training step, so it finds the caches as a step leaves them. `numbers`
+are the row numbers of FNGDTrainer, `hashes` the 64-bit ids of a stock Trainer, which need a
+dictionary beside the table. The ids of a batch lie anywhere in the data set. A file is looked up as
+it is after writing, in the system's cache.
 """
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from step_time import Options, interleave
 from tabulate import tabulate
-from torch.utils.benchmark import Timer
 from transformers import HfArgumentParser
-from workload import write_results
+from workload import Workload, make_step, write_results
 
 from hf_fngd.sample_store import SampleStore
 
 MIB = 2**20
-BATCHES = 64
+VARIANT = "fngd_adamw later epochs"
+# Precision, kind of ids, and whether in a file.
+STORES = (
+    ("float32", "numbers", False),
+    ("float16", "numbers", False),
+    ("float16", "numbers", True),
+    ("float16", "hashes", False),
+)
 
 
 @dataclass
-class Store:
-    """What is stored, and how it is asked for."""
+class Stores:
+    """What is stored."""
 
     rows: list[int] = field(
         default_factory=lambda: [10_000, 100_000, 1_000_000],
         metadata={"help": "Numbers of data set rows."},
     )
-    layers: int = field(default=100, metadata={"help": "Selected layers."})
-    batch_size: int = field(default=64, metadata={"help": "Rows looked up at once."})
-    threads: int = field(default=2, metadata={"help": "Threads of torch."})
+    stored_layers: int = field(default=100, metadata={"help": "Layers that have coefficients."})
+    paper_rows: int = field(
+        default=100_000_000, metadata={"help": "Rows for which memory is computed, not measured."}
+    )
 
 
 @dataclass
-class Options:
-    """How long, and where to."""
+class Probe:
+    """A filled store and what is asked of it."""
 
-    seconds: float = field(default=1.0, metadata={"help": "Time for each measurement."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    row: dict[str, Any]
+    store: SampleStore
+    batches: Sequence[list[int]]
+
+    def look_up(self) -> Callable[[], object]:
+        """Gives a function that does what an announced batch does in later epochs.
+
+        Returns:
+            The function; each call looks up the next batch.
+        """
+        batches = itertools.cycle(self.batches)
+
+        def run() -> None:
+            rows = self.store.locate(next(batches), create=False)
+            assert self.store.count_known(rows) == len(rows)
+            self.store.read(rows)
+
+        return run
 
 
-def measure(settings: Store, rows: int, dtype: str, hashed: bool, seconds: float) -> dict[str, Any]:
-    """Fills a store and measures it.
+def fill(
+    workload: Workload, stores: Stores, rows: int, kind: tuple[str, str, bool], folder: str
+) -> Probe:
+    """Fills a store.
 
     Args:
-        settings: Shapes.
+        workload: Gives the batch size.
+        stores: Gives the number of layers.
         rows: Rows of the data set.
-        dtype: float32 or float16.
-        hashed: Whether ids are 64-bit hashes instead of row numbers.
-        seconds: Time for each measurement.
+        kind: One of `STORES`.
+        folder: Where a file goes.
 
     Returns:
-        Memory in MiB, and median milliseconds of a look-up (locate and read) and of a write.
+        The store, with its memory.
     """
+    dtype, ids_kind, in_file = kind
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(rows)
-    if hashed:
+    if ids_kind == "hashes":
         ids = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
-    store = SampleStore(settings.layers, getattr(torch, dtype), rows)
-    for part in ids.split(4096):
-        values = torch.rand(len(part), settings.layers, generator=generator)
+    place = folder if in_file else None
+    store = SampleStore(stores.stored_layers, getattr(torch, dtype), rows, place)
+    seconds = []
+    for part in ids.split(workload.batch_size):
+        values = torch.rand(len(part), stores.stored_layers, generator=generator)
+        begin = time.perf_counter()
         store.write(store.locate(part.tolist(), create=True), values)
-    picked = torch.randint(rows, (BATCHES, settings.batch_size), generator=generator)
-    batches = [ids[places].tolist() for places in picked]
-    values = torch.rand(settings.batch_size, settings.layers, generator=generator)
-
-    def look_up() -> None:
-        for batch in batches:
-            store.read(store.locate(batch, create=False))
-
-    def write() -> None:
-        for batch in batches:
-            store.write(store.locate(batch, create=True), values)
-
-    times = {}
-    for function in (look_up, write):
-        timer = Timer("f()", globals={"f": function}, num_threads=settings.threads)
-        median = timer.blocked_autorange(min_run_time=seconds).median
-        times[f"{function.__name__}_ms"] = 1000 * median / BATCHES
-    tensors = (store.table, store.known, store.dirty)
-    memory = sum(t.untyped_storage().nbytes() for t in tensors)
+        seconds.append(time.perf_counter() - begin)
+    picked = torch.randint(rows, (64, workload.batch_size), generator=generator)
+    table = store.table.untyped_storage().nbytes()
+    beside = store.known.nbytes + store.dirty.nbytes
     if store.rows is not None:
-        memory += sys.getsizeof(store.rows) + sum(map(sys.getsizeof, store.rows))
-    return {
+        numbers = itertools.chain(store.rows, store.rows.values())
+        beside += sys.getsizeof(store.rows) + sum(map(sys.getsizeof, numbers))
+    row = {
         "rows": rows,
         "dtype": dtype,
-        "ids": "hashes" if hashed else "row numbers",
-        "memory_mib": memory / MIB,
-        **times,
+        "ids": ids_kind,
+        "file": in_file,
+        "table_mib": table / MIB,
+        "beside_mib": beside / MIB,
+        "write_ms": 1000 * statistics.median(seconds),
     }
+    return Probe(row, store, [ids[places].tolist() for places in picked])
+
+
+def on_paper(row: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Computes the memory for more rows: all of it is proportional to them.
+
+    Args:
+        row: Memory that was measured.
+        rows: Rows of the larger data set.
+
+    Returns:
+        The row for that.
+    """
+    factor = rows / row["rows"]
+    kept = {name: row[name] for name in ("dtype", "ids", "file")}
+    return {"rows": rows, **kept, **{n: row[n] * factor for n in ("table_mib", "beside_mib")}}
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Store, Options], description=__doc__)
-    settings, options = parser.parse_args_into_dataclasses()
-    torch.set_num_threads(settings.threads)
-    table = [
-        measure(settings, rows, dtype, hashed, options.seconds)
-        for rows in settings.rows
-        for dtype in ("float32", "float16")
-        for hashed in (False, True)
-    ]
+    parser = HfArgumentParser([Workload, Stores, Options], description=__doc__)
+    workload, stores, options = parser.parse_args_into_dataclasses()
+    step = make_step(workload, VARIANT)
+    turns: dict[tuple[str, int], Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        probes = [
+            fill(workload, stores, rows, kind, folder) for rows in stores.rows for kind in STORES
+        ]
+        for number, probe in enumerate(probes):
+            turns["step", number] = step
+            turns["look-up", number] = probe.look_up()
+        seconds = interleave(turns, options)
+    for number, probe in enumerate(probes):
+        times = seconds["look-up", number]
+        shares = [a / b for a, b in zip(times, seconds["step", number], strict=True)]
+        probe.row["look_up_ms"] = 1000 * statistics.median(times)
+        probe.row["share_of_step"] = statistics.median(shares)
+        probe.row["highest_share"] = max(shares)
+    all_steps = [one for (kind, _), times in seconds.items() if kind == "step" for one in times]
+    step_ms = 1000 * statistics.median(all_steps)
+    table = [probe.row for probe in probes]
+    print(f"step: {step_ms:.0f} ms ({VARIANT})")
     print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".3g"))
-    write_results(options.output, settings, {"measurements": table})
+    results = {
+        "step": VARIANT,
+        "step_ms": step_ms,
+        "stored_layers": stores.stored_layers,
+        "measured": table,
+        "on_paper": [on_paper(row, stores.paper_rows) for row in table[-len(STORES) :]],
+    }
+    write_results(options.output, workload, results)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def separation(optimizer: Any, rows: datasets.Dataset) -> dict[str, Any] | None:
         return None
     if len(store.table) != len(rows):  # nothing is stored yet
         return None
-    table, noisy = store.table.float(), torch.tensor(rows["misaligned"])
+    table, noisy = store.values(), torch.tensor(rows["misaligned"])
     known = ~table.isnan().any(1)
     aligned, other = table[known & ~noisy], table[known & noisy]
     if not (len(aligned) and len(other)):
