@@ -42,10 +42,8 @@ lint: env ## Check format, style, docstrings and types
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: env ## Measure step time and memory against AdamW
-	$(BIN)/python scripts/bench/step_time.py --output scripts/bench/results/step_time.json
-	$(BIN)/python scripts/bench/memory.py --output scripts/bench/results/memory.json
-	$(BIN)/python scripts/bench/gram_routes.py --output scripts/bench/results/gram_routes.json
+bench: env ## Measure step time and memory against AdamW (about an hour, on a quiet machine)
+	$(BIN)/python scripts/bench/budgets.py --output scripts/bench/results/step_time
 
 .PHONY: clean
 clean: ## Remove the environment and caches; runs/ stays

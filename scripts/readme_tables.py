@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+from readme_costs import RESULTS, costs, estimates, growth, memory, methods, rules, store
+
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 from hf_fngd.methods.base import PreconditionerConfig
 from hf_fngd.settings import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "scripts" / "bench" / "results"
 
 
 # Heading, and the classes of which the last one's settings are shown, but for those of the first.
@@ -57,115 +58,6 @@ def settings() -> str:
             if one.name not in known or one.default != known[one.name]:
                 text = one.metadata["help"].replace("|", "\\|")
                 lines.append(f"| `{one.name}` | `{one.default}` | {text} |")
-    return "\n".join(lines)
-
-
-def costs() -> str:
-    """Makes the table of time and memory from the benchmark results.
-
-    Returns:
-        Markdown.
-    """
-    time = json.loads((RESULTS / "step_time.json").read_text())
-    memory = json.loads((RESULTS / "memory.json").read_text())
-    lines = ["| | step | against AdamW | quartiles | peak memory against AdamW |"]
-    lines.append("|---|---:|---:|---:|---:|")
-    for name, row in time["results"].items():
-        lines.append(
-            f"| {name} | {1000 * row['median_seconds']:.0f} ms | {row['median_ratio']:.2f} | "
-            f"{row['quartile_low']:.2f} to {row['quartile_high']:.2f} | "
-            f"{memory['results'][name]['ratio']:.2f} |"
-        )
-    lines += ["", f"Machine: {time['machine']}, torch {time['torch']}."]
-    return "\n".join(lines)
-
-
-def store() -> str:
-    """Makes the table of the coefficient store's memory and time from the benchmark results.
-
-    Returns:
-        Markdown.
-    """
-    report = json.loads((RESULTS / "store.json").read_text())
-    results = report["results"]
-    lines = [
-        "| rows | ids | precision | table | beside it | look-up | share of a step |",
-        "|---:|---|---|---:|---:|---:|---:|",
-    ]
-    for row in [*results["measured"], *results["on_paper"]]:
-        place = " in a file" if row["file"] else ""
-        time = "not measured | "
-        if "look_up_ms" in row:
-            time = f"{row['look_up_ms']:.2f} ms | {row['share_of_step']:.2%}"
-        lines.append(
-            f"| {row['rows']:,} | {row['ids']} | {row['dtype']}{place} | "
-            f"{row['table_mib']:,.0f} MiB | {row['beside_mib']:,.1f} MiB | {time} |"
-        )
-    batch = report["workload"]["batch_size"]
-    last = f"Machine: {report['machine']}, torch {report['torch']}; a step of batch {batch} took "
-    last += f"{results['step_ms']:.0f} ms. The largest numbers of rows are computed, not measured."
-    return "\n".join([*lines, "", last])
-
-
-def rules() -> str:
-    """Makes the table of the update rules' time from the benchmark results.
-
-    Returns:
-        Markdown.
-    """
-    report = json.loads((RESULTS / "update_rules.json").read_text())
-    lines = ["| | step | against the first | quartiles |", "|---|---:|---:|---:|"]
-    for name, row in report["results"].items():
-        lines.append(
-            f"| {name} | {1000 * row['median_seconds']:.0f} ms | {row['median_ratio']:.2f} | "
-            f"{row['quartile_low']:.2f} to {row['quartile_high']:.2f} |"
-        )
-    shapes = report["workload"]
-    sizes = f"d_model {shapes['d_model']}, {shapes['layers']} + {shapes['layers']} layers"
-    return "\n".join([*lines, "", f"Machine: {report['machine']}, {sizes}."])
-
-
-def methods() -> str:
-    """Makes the table of all methods' time and memory from the benchmark results.
-
-    Returns:
-        Markdown.
-    """
-    files = [RESULTS / f"methods_{name}.json" for name in ("resnet18", "multi30k")]
-    if not all(file.exists() for file in files):
-        return "Not measured yet."
-    found = [json.loads(file.read_text()) for file in files]
-    lines = [
-        "| | ResNet-18: step | memory | Transformer: step | memory |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name in found[0]["results"]:
-        cells = []
-        for report in found:
-            row = report["results"][name]
-            span = f"{row['lowest_ratio']:.2f}-{row['highest_ratio']:.2f}"
-            cells += [f"{row['ratio']:.2f} ({span})", f"{row['memory_ratio']:.2f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    base = [report["results"]["sgd"]["seconds"] for report in found]
-    lines += [
-        "",
-        f"Ratios to SGD ({base[0]:.1f} s and {base[1]:.1f} s a step), medians and range of "
-        f"interleaved rounds. Machine: {found[0]['machine']}, torch {found[0]['torch']}.",
-        "",
-    ]
-    for shapes, report in zip(("ResNet-18", "Transformer"), found, strict=True):
-        seconds = {name: row["seconds"] for name, row in report["results"].items()}
-        later = seconds["fngd, later epochs"]
-        often, seldom = (seconds[f"kfac, inverse every {n}"] for n in (10, 100))
-        peer = seconds["kfac-pytorch, inverse every 10"]
-        tengrad, seng = seconds["tengrad, every 100"], seconds["seng, every 200"]
-        lines.append(
-            f"- {shapes}, in steps of FNGD's later epochs: KFAC with factors every step "
-            f"{often / later:.2f} (inverse every 10 steps) and {seldom / later:.2f} (every 100), "
-            f"TENGraD {tengrad / later:.2f}, SENG {seng / later:.2f}. Our KFAC takes "
-            f"{often / peer:.2f} times as long as kfac-pytorch."
-        )
-    lines.append("- The FNGD paper reports 2.05 to 2.07 for KFAC on ResNet-18, on a GPU.")
     return "\n".join(lines)
 
 
@@ -263,7 +155,20 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for make in (settings, costs, store, rules, methods, comparison, quality, sharing, support):
+    for make in (
+        settings,
+        costs,
+        memory,
+        store,
+        rules,
+        estimates,
+        growth,
+        methods,
+        comparison,
+        quality,
+        sharing,
+        support,
+    ):
         name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

@@ -1,6 +1,5 @@
 """The front page agrees with the code and with the committed results."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -13,21 +12,15 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.card_rules import faults_of
+from tests.script_utils import script
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def tables():
-    path = ROOT / "scripts" / "readme_tables.py"
-    spec = importlib.util.spec_from_file_location("readme_tables", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_tables_are_those_of_the_code_and_the_result_files():
-    assert tables().fill(README) == README, "run python scripts/readme_tables.py"
+    with script(ROOT / "scripts" / "readme_tables.py") as tables:
+        assert tables.fill(README) == README, "run python scripts/readme_tables.py"
     assert "| `damping` | `0.1` |" in README and "fngd_adamw later epochs" in README
 
 
@@ -59,8 +52,8 @@ def test_cards_are_what_the_code_makes_of_the_numbers(folder, tmp_path):
     everything = tmp_path / "model_cards"
     shutil.copytree(folder.parent, everything, ignore=shutil.ignore_patterns("README.md"))
     own = everything / folder.name
-    script = str(ROOT / "scripts" / "write_card.py")
-    subprocess.run([sys.executable, script, str(own)], check=True, cwd=ROOT, timeout=120)
+    program = str(ROOT / "scripts" / "write_card.py")
+    subprocess.run([sys.executable, program, str(own)], check=True, cwd=ROOT, timeout=120)
     for path in folder.iterdir():
         assert (own / path.name).read_bytes() == path.read_bytes(), path.name
 

@@ -37,7 +37,7 @@ SERIES: dict[str, list[dict[str, int]]] = {
         {"batch_size": n, "length": 1280 // n} for n in (8, 16, 32, 64, 128, 256)
     ],
     "samples of 20 tokens": [{"batch_size": n} for n in (8, 16, 32, 64, 128)],
-    "tokens of each of 32 samples": [{"batch_size": 32, "length": t} for t in (5, 10, 20, 40, 80)],
+    "tokens of each of 32 samples": [{"length": t, "batch_size": 32} for t in (5, 10, 20, 40, 80)],
     "layers": [{"layers": n} for n in (1, 2, 4, 8)],
     "width": [{"d_model": d, "ffn_dim": 4 * d} for d in (128, 256, 512)],
 }

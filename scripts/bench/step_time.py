@@ -1,7 +1,8 @@
 """Time of one training step: FNGD's first and later epochs against torch's AdamW.
 
 All variants run in one process, interleaved step by step (A B C A B C …), so that the noise of the
-machine meets them alike; medians and quartiles of the ratios to AdamW's step in the same round.
+machine meets them alike; medians and quartiles of the ratios to AdamW's step in the same round, and
+beside them the ratio of operations in matrix products and convolutions, as torch counts them.
 
     python scripts/bench/step_time.py --repeats 50 --output scripts/bench/results/step_time.json
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 from workload import VARIANTS, Workload, make_step, write_results
 
@@ -74,6 +76,20 @@ def summarise(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, flo
     return table
 
 
+def operations(step: Callable[[], object]) -> int:
+    """Counts the floating-point operations of a step's matrix products and convolutions.
+
+    Args:
+        step: A training step.
+
+    Returns:
+        Their number.
+    """
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
 def report(steps: Mapping[str, Callable[[], object]], options: Options, workload: Any) -> None:
     """Times steps in turns, prints a table and writes the results.
 
@@ -83,11 +99,14 @@ def report(steps: Mapping[str, Callable[[], object]], options: Options, workload
         workload: Dataclass of shapes, with `threads`.
     """
     table = summarise(interleave(steps, options))
-    print(f"{'variant':<34}{'step':>10}{'ratio':>8}   quartiles")
+    for name, step in steps.items():
+        table[name]["flops"] = operations(step)
+    print(f"{'variant':<42}{'step':>10}{'ratio':>8}   quartiles   TFLOP")
     for name, row in table.items():
         print(
-            f"{name:<34}{1000 * row['median_seconds']:>7.1f} ms{row['median_ratio']:>8.3f}"
-            f"   {row['quartile_low']:.3f}-{row['quartile_high']:.3f}"
+            f"{name:<42}{1000 * row['median_seconds']:>7.1f} ms{row['median_ratio']:>8.3f}"
+            f"   {row['quartile_low']:.3f}-{row['quartile_high']:.3f}   "
+            f"{row['flops'] / 1e12:.4f}"
         )
     write_results(options.output, workload, table)
 

@@ -174,7 +174,11 @@ def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
 
 
 def _auc(outcome: Outcome) -> list[float]:
-    """Gives how well coefficients tell misaligned pairs, where a run has spoilt some."""
+    """Gives how well coefficients tell misaligned pairs, where a run has spoilt some.
+
+    Returns:
+        A number for each run that says so.
+    """
     return [run["misaligned"]["auc"] for run in outcome.usable if "misaligned" in run]
 
 

@@ -1,0 +1,209 @@
+"""Tables of README.md on time and memory, from the committed results of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "bench" / "results"
+# Column, and variant of scripts/bench/workload.py.
+COSTS = {
+    "`fngd_adamw`, later epochs": "fngd_adamw later epochs",
+    "`fngd`": "fngd later epochs",
+    "with `update_scale=rms`": "fngd later epochs, update_scale=rms",
+    "first epoch": "fngd_adamw first epoch",
+    "first epoch, estimated": "fngd_adamw first epoch, gram_outputs=64",
+}
+MEMORY = {
+    "`fngd_adamw`, later epochs": "fngd_adamw later epochs",
+    "first epoch": "fngd_adamw first epoch",
+    "`fngd`, later epochs": "fngd later epochs",
+    "first epoch, `update_scale=rms`": "fngd first epoch, update_scale=rms",
+}
+
+
+def costs() -> str:
+    """Makes the table of step times by shape from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    files = sorted((RESULTS / "step_time").glob("*.json"))
+    if not files:
+        return "Not measured yet."
+    heads = ("AdamW", *COSTS, *(f"ten epochs{how}" for how in ("", ", estimated")))
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for file in files:
+        report = json.loads(file.read_text())
+        found = {name: row["median_ratio"] for name, row in report["results"].items()}
+        seconds = report["results"]["adamw"]["median_seconds"]
+        ratios = [found[name] for name in COSTS.values()]
+        later = found["fngd_adamw later epochs"]
+        firsts = (found[COSTS["first epoch"]], found[COSTS["first epoch, estimated"]])
+        ratios += [(9 * later + first) / 10 for first in firsts]
+        cells = [f"{seconds:.2f} s", *(f"{ratio:.2f}" for ratio in ratios)]
+        lines.append(f"| {_shape(report['workload'])} | " + " | ".join(cells) + " |")
+    lines += ["", f"Machine: {report['machine']}, torch {report['torch']}."]
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """Makes the table of peak memory by shape from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    files = sorted((RESULTS / "memory").glob("*.json"))
+    if not files:
+        return "Not measured yet."
+    lines = ["| | AdamW | " + " | ".join(MEMORY) + " |", "|---" * (len(MEMORY) + 2) + "|"]
+    for file in files:
+        report = json.loads(file.read_text())
+        found = report["results"]
+        cells = [f"{found['adamw']['peak_mib']:.0f} MiB"]
+        cells += [f"{found[name]['ratio']:.2f}" for name in MEMORY.values()]
+        lines.append(f"| {_shape(report['workload'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _shape(workload: Mapping[str, Any]) -> str:
+    size = f"batch {workload['batch_size']}"
+    if workload["shapes"] == "resnet18":
+        return f"ResNet-18, 32x32, {size}"
+    layers, width = workload["layers"], f"d {workload['d_model']}"
+    size += f" × {workload['length']}" + (", bf16 autocast" if workload.get("bf16") else "")
+    if workload["shapes"] == "marian":
+        words = f", {workload['vocab_size']:,} words" if workload["vocab_size"] > 8000 else ""
+        return f"Marian, {width}, {layers} + {layers} layers{words}, {size}"
+    if workload["shapes"] == "lora":
+        return f"LoRA, rank {workload['lora_rank']}, a Llama block of {width}, {size}"
+    return f"GPT-2, {width}, {layers} blocks, {size}"
+
+
+def store() -> str:
+    """Makes the table of the coefficient store's memory and time from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "store.json").read_text())
+    results = report["results"]
+    lines = [
+        "| rows | ids | precision | table | beside it | look-up | share of a step |",
+        "|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for row in [*results["measured"], *results["on_paper"]]:
+        place = " in a file" if row["file"] else ""
+        time = "not measured | "
+        if "look_up_ms" in row:
+            time = f"{row['look_up_ms']:.2f} ms | {row['share_of_step']:.2%}"
+        lines.append(
+            f"| {row['rows']:,} | {row['ids']} | {row['dtype']}{place} | "
+            f"{row['table_mib']:,.0f} MiB | {row['beside_mib']:,.1f} MiB | {time} |"
+        )
+    batch = report["workload"]["batch_size"]
+    last = f"Machine: {report['machine']}, torch {report['torch']}; a step of batch {batch} took "
+    last += f"{results['step_ms']:.0f} ms. The largest numbers of rows are computed, not measured."
+    return "\n".join([*lines, "", last])
+
+
+def rules() -> str:
+    """Makes the table of the update rules' time from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "update_rules.json").read_text())
+    lines = ["| | step | against the first | quartiles |", "|---|---:|---:|---:|"]
+    for name, row in report["results"].items():
+        lines.append(
+            f"| {name} | {1000 * row['median_seconds']:.0f} ms | {row['median_ratio']:.2f} | "
+            f"{row['quartile_low']:.2f} to {row['quartile_high']:.2f} |"
+        )
+    shapes = report["workload"]
+    sizes = f"d_model {shapes['d_model']}, {shapes['layers']} + {shapes['layers']} layers"
+    return "\n".join([*lines, "", f"Machine: {report['machine']}, {sizes}."])
+
+
+def estimates() -> str:
+    """Makes the table of what an estimated Gram matrix costs in quality.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "gram_outputs.json").read_text())
+    lines = [
+        "| λ | outputs | r of γ with the exact | cosine with the natural gradient | plain gradient "
+        "| training loss after 3 epochs, to the exact one's |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["results"]["measurements"]:
+        if row["outputs"] is not None:
+            lines.append(
+                f"| {row['damping']:g} | {row['outputs']} | {row['r']:.2f} | {row['cos']:.3f} | "
+                f"{row['cos: plain']:.3f} | {row['ratio']:.4f} ± {row['deviation']:.4f} |"
+            )
+    return "\n".join(lines)
+
+
+def growth() -> str:
+    """Makes the table of exponents of step time.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "growth.json").read_text())
+    columns = ("AdamW", "later epochs", "first epoch", "first epoch adds")
+    lines = ["| | from | to | " + " | ".join(columns) + " |", "|---" + "|---:" * 6 + "|"]
+    for name, series in report["results"].items():
+        sizes = [row["size"] for row in series["measurements"]]
+        found = series["exponents"]
+        cells = [f"{found[c]:.2f}" if c in found else "–" for c in columns]
+        lines.append(f"| {name} | {min(sizes)} | {max(sizes)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Marian, d 256, 3 + 3 layers. Machine: {report['machine']}."])
+
+
+def methods() -> str:
+    """Makes the table of all methods' time and memory from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    files = [RESULTS / f"methods_{name}.json" for name in ("resnet18", "multi30k")]
+    if not all(file.exists() for file in files):
+        return "Not measured yet."
+    found = [json.loads(file.read_text()) for file in files]
+    lines = [
+        "| | ResNet-18: step | memory | Transformer: step | memory |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in found[0]["results"]:
+        cells = []
+        for report in found:
+            row = report["results"][name]
+            span = f"{row['lowest_ratio']:.2f}-{row['highest_ratio']:.2f}"
+            cells += [f"{row['ratio']:.2f} ({span})", f"{row['memory_ratio']:.2f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    base = [report["results"]["sgd"]["seconds"] for report in found]
+    lines += [
+        "",
+        f"Ratios to SGD ({base[0]:.1f} s and {base[1]:.1f} s a step), medians and range of "
+        f"interleaved rounds. Machine: {found[0]['machine']}, torch {found[0]['torch']}.",
+        "",
+    ]
+    for shapes, report in zip(("ResNet-18", "Transformer"), found, strict=True):
+        seconds = {name: row["seconds"] for name, row in report["results"].items()}
+        later = seconds["fngd, later epochs"]
+        often, seldom = (seconds[f"kfac, inverse every {n}"] for n in (10, 100))
+        peer = seconds["kfac-pytorch, inverse every 10"]
+        tengrad, seng = seconds["tengrad, every 100"], seconds["seng, every 200"]
+        lines.append(
+            f"- {shapes}, in steps of FNGD's later epochs: KFAC with factors every step "
+            f"{often / later:.2f} (inverse every 10 steps) and {seldom / later:.2f} (every 100), "
+            f"TENGraD {tengrad / later:.2f}, SENG {seng / later:.2f}. Our KFAC takes "
+            f"{often / peer:.2f} times as long as kfac-pytorch."
+        )
+    lines.append("- The FNGD paper reports 2.05 to 2.07 for KFAC on ResNet-18, on a GPU.")
+    return "\n".join(lines)
