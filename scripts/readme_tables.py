@@ -80,6 +80,32 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def checkpointing() -> str:
+    """Makes the table of what activation checkpointing saves from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "checkpointing.json").read_text())
+    modes = ("non-reentrant", "reentrant")
+    lines = [
+        "| | peak without | non-reentrant saves | to AdamW | re-entrant saves | to AdamW |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    base = report["results"]["adamw"]["saved_mib"]
+    for name, row in report["results"].items():
+        cells = [
+            f"{row['saved_mib'][mode]:.0f} MiB | {row['saved_mib'][mode] / base[mode]:.2f}"
+            for mode in modes
+        ]
+        lines.append(f"| {name} | {row['peak_mib']['none']:.0f} MiB | " + " | ".join(cells) + " |")
+    shapes = report["workload"]
+    sizes = f"batch {shapes['batch_size']}, {shapes['length']} tokens"
+    return "\n".join(
+        [*lines, "", f"Machine: {report['machine']}, torch {report['torch']}; {sizes}."]
+    )
+
+
 def store() -> str:
     """Makes the table of the coefficient store's memory and time from the benchmark results.
 
@@ -263,7 +289,18 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
-    for make in (settings, costs, store, rules, methods, comparison, quality, sharing, support):
+    for make in (
+        settings,
+        costs,
+        checkpointing,
+        store,
+        rules,
+        methods,
+        comparison,
+        quality,
+        sharing,
+        support,
+    ):
         name, table = make.__name__, make()
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

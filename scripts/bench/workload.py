@@ -41,6 +41,9 @@ def cifar_resnet18(width: int, classes: int) -> PreTrainedModel:
     )
 
 
+MODES = ["none", "non-reentrant", "reentrant"]
+
+
 @dataclass
 class Workload:
     """Shapes of a model and its batch: a translation model, or ResNet-18 for 32x32 images."""
@@ -57,12 +60,29 @@ class Workload:
     length: int = field(default=20, metadata={"help": "Tokens of each sentence."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of all optimizers."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
+    checkpointing: str = field(
+        default="none",
+        metadata={"help": "Of activations: none, non-reentrant or reentrant.", "choices": MODES},
+    )
 
     def model(self) -> PreTrainedModel:
         """Builds the model, with the same random weights at every call.
 
         Returns:
-            The model in training mode.
+            The model in training mode, its activations checkpointed or not.
+        """
+        model = self._build().train()
+        if self.checkpointing != "none":
+            model.activation_checkpointing_enable(
+                {"use_reentrant": self.checkpointing == "reentrant"}
+            )
+        return model
+
+    def _build(self) -> PreTrainedModel:
+        """Builds the model.
+
+        Returns:
+            The model.
 
         Raises:
             SystemExit: For unknown shapes.
@@ -70,7 +90,7 @@ class Workload:
         set_seed(0)
         torch.set_num_threads(self.threads)
         if self.shapes == "resnet18":
-            return cifar_resnet18(self.width, self.classes).train()
+            return cifar_resnet18(self.width, self.classes)
         if self.shapes != "marian":
             raise SystemExit(f"--shapes {self.shapes}: choose marian or resnet18")
         config = MarianConfig(
@@ -87,7 +107,7 @@ class Workload:
             eos_token_id=0,
             decoder_start_token_id=self.vocab_size - 1,
         )
-        return MarianMTModel(config).train()
+        return MarianMTModel(config)
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Draws a batch of random tokens, or images.
