@@ -82,6 +82,32 @@ def _shape(workload: Mapping[str, Any]) -> str:
     return f"GPT-2, {width}, {layers} blocks, {size}"
 
 
+def checkpointing() -> str:
+    """Makes the table of what activation checkpointing saves from the benchmark results.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "checkpointing.json").read_text())
+    modes = ("non-reentrant", "reentrant")
+    lines = [
+        "| | peak without | non-reentrant saves | to AdamW | re-entrant saves | to AdamW |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    base = report["results"]["adamw"]["saved_mib"]
+    for name, row in report["results"].items():
+        cells = [
+            f"{row['saved_mib'][mode]:.0f} MiB | {row['saved_mib'][mode] / base[mode]:.2f}"
+            for mode in modes
+        ]
+        lines.append(f"| {name} | {row['peak_mib']['none']:.0f} MiB | " + " | ".join(cells) + " |")
+    shapes = report["workload"]
+    sizes = f"batch {shapes['batch_size']}, {shapes['length']} tokens"
+    return "\n".join(
+        [*lines, "", f"Machine: {report['machine']}, torch {report['torch']}; {sizes}."]
+    )
+
+
 def store() -> str:
     """Makes the table of the coefficient store's memory and time from the benchmark results.
 

@@ -13,7 +13,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from readme_costs import RESULTS, costs, estimates, growth, memory, methods, rules, store
+from readme_costs import (
+    RESULTS,
+    checkpointing,
+    costs,
+    estimates,
+    growth,
+    memory,
+    methods,
+    rules,
+    store,
+)
 
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 from hf_fngd.methods.base import PreconditionerConfig
@@ -159,6 +169,7 @@ def fill(text: str) -> str:
         settings,
         costs,
         memory,
+        checkpointing,
         store,
         rules,
         estimates,

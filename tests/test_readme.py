@@ -111,6 +111,15 @@ def test_what_is_said_of_the_comparison_is_so():
         assert min(means, key=means.get) == "fngd" and len(means) == 8, means
 
 
+def test_activation_checkpointing_keeps_its_gain():
+    file = ROOT / "scripts" / "bench" / "results" / "checkpointing.json"
+    saved = {
+        name: row["saved_mib"] for name, row in json.loads(file.read_text())["results"].items()
+    }
+    for mode, gain in saved.pop("adamw").items():
+        assert gain > 100 and all(row[mode] > 0.95 * gain for row in saved.values())
+
+
 def test_what_is_said_of_the_store_is_so():
     file = ROOT / "scripts" / "bench" / "results" / "store.json"
     text = file.read_text()

@@ -75,6 +75,7 @@ SHRINK = {
     "store": {**BENCH, "repeats": 2, "rows": 64, "stored_layers": 3},
     # One of the processes that it starts.
     "memory": {**BENCH, "steps": 1, "variant": "fngd first epoch"},
+    "checkpointing": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
     "coefficient_noise": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
                           "output": "b.json"},
     "gram_routes": {"samples": 3, "positions": 4, "d_in": 5, "d_out": 6, "threads": 1,

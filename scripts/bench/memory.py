@@ -9,9 +9,11 @@ torch, the model) is reported beside it.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
@@ -39,6 +41,23 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def peak_of(variant: str, arguments: Sequence[str], **environment: str) -> float:
+    """Trains one variant in a process of its own.
+
+    Args:
+        variant: A name in `VARIANTS`.
+        arguments: The command line beside it.
+        **environment: Variables that the process gets besides its parent's.
+
+    Returns:
+        Its peak memory in MiB.
+    """
+    command = [sys.executable, __file__, *arguments, "--variant", variant]
+    variables = {**os.environ, **environment}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+    return json.loads(out.strip().splitlines()[-1])["peak_mib"]
+
+
 def measure_here(workload: Workload, options: Options) -> None:
     """Trains one variant and prints its memory as JSON.
 
@@ -63,9 +82,7 @@ def main() -> None:
     peaks: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(options.repeats):
         for name, values in peaks.items():
-            command = [sys.executable, *sys.argv, "--variant", name]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            values.append(json.loads(out.strip().splitlines()[-1])["peak_mib"])
+            values.append(peak_of(name, sys.argv[1:]))
     base = min(peaks["adamw"])
     table = {
         name: {"peak_mib": min(values), "ratio": min(values) / base, "all_mib": values}

@@ -15,6 +15,8 @@ from transformers import set_seed
 
 from hf_fngd import FNGD, create_fngd_optimizer
 
+MODES = ["none", "non-reentrant", "reentrant"]
+
 
 @dataclass
 class Workload:
@@ -34,6 +36,10 @@ class Workload:
     bf16: bool = field(default=False, metadata={"help": "Forward under autocast to bfloat16."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of all optimizers."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
+    checkpointing: str = field(
+        default="none",
+        metadata={"help": "Of activations: none, non-reentrant or reentrant.", "choices": MODES},
+    )
 
     def __post_init__(self) -> None:
         if self.shapes not in MODELS:
@@ -43,11 +49,16 @@ class Workload:
         """Builds the model, with the same random weights at every call.
 
         Returns:
-            The model in training mode.
+            The model in training mode, its activations checkpointed or not.
         """
         set_seed(0)
         torch.set_num_threads(self.threads)
-        return MODELS[self.shapes][0](self).train()
+        model = MODELS[self.shapes][0](self).train()
+        if self.checkpointing != "none":
+            model.activation_checkpointing_enable(
+                {"use_reentrant": self.checkpointing == "reentrant"}
+            )
+        return model
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Draws a batch.

@@ -1,0 +1,52 @@
+r"""Peak memory that activation checkpointing saves: with FNGD against torch's AdamW.
+
+Every variant and mode is trained in a process of its own by memory.py. Freed tensors go back to the
+system at once there (glibc would keep some, by chance hundreds of MiB), so that the peak is what is
+in use.
+
+    python scripts/bench/checkpointing.py --length 64 --steps 2 --repeats 1 \
+        --output scripts/bench/results/checkpointing.json
+"""
+
+from __future__ import annotations
+
+from memory import Options, measure_here, peak_of
+from transformers import HfArgumentParser
+from workload import MODES, Workload, write_results
+
+# What malloc gives by mmap, in bytes and more; given, it does not grow.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+VARIANTS = ("adamw", "fngd_adamw first epoch", "fngd_adamw later epochs")
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = HfArgumentParser([Workload, Options], description=__doc__)
+    workload, options = parser.parse_args_into_dataclasses()
+    if options.variant:
+        measure_here(workload, options)
+        return
+    shapes = [
+        word
+        for name, value in vars(workload).items()
+        if name != "checkpointing"
+        for word in (f"--{name}", str(value))
+    ]
+    peaks: dict[str, dict[str, list[float]]] = {name: {m: [] for m in MODES} for name in VARIANTS}
+    for _ in range(options.repeats):
+        for name, modes in peaks.items():
+            for mode, values in modes.items():
+                more = ["--steps", str(options.steps), "--checkpointing", mode]
+                values.append(peak_of(name, [*shapes, *more], **MALLOC))
+    table = {}
+    for name, modes in peaks.items():
+        least = {mode: min(values) for mode, values in modes.items()}
+        saved = {mode: least["none"] - least[mode] for mode in MODES[1:]}
+        table[name] = {"peak_mib": least, "saved_mib": saved, "all_mib": modes}
+        numbers = "".join(f"{mode:>16} {mib:.0f} MiB" for mode, mib in least.items())
+        print(f"{name:<28}{numbers}")
+    write_results(options.output, workload, table)
+
+
+if __name__ == "__main__":
+    main()
