@@ -44,6 +44,7 @@ lint: env ## Check format, style, docstrings and types
 .PHONY: bench
 bench: env ## Measure step time and memory against AdamW (about an hour, on a quiet machine)
 	$(BIN)/python scripts/bench/budgets.py --output scripts/bench/results/step_time
+	$(BIN)/python scripts/bench/gram_routes.py --output scripts/bench/results/gram_routes.json
 
 .PHONY: clean
 clean: ## Remove the environment and caches; runs/ stays

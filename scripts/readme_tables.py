@@ -52,6 +52,9 @@ STUDIES = {
     "quality_finetune": "Fine-tuning a Marian of width 128 (trained on Tatoeba) on 2,000 pairs of "
     "Multi30K en-de, 5 epochs",
 }
+ABLATIONS = {
+    "ablation_finetune": "The same fine-tuning, at the settings that were found for `sgd_rms`",
+}
 
 
 def settings() -> str:
@@ -89,6 +92,15 @@ def quality() -> str:
     return _reports(STUDIES, timed=False)
 
 
+def ablation() -> str:
+    """Makes short tables of runs at equal settings from their reports.
+
+    Returns:
+        Markdown.
+    """
+    return _reports(ABLATIONS, timed=False)
+
+
 def _reports(titles: Mapping[str, str], timed: bool) -> str:
     parts = []
     for name, title in titles.items():
@@ -103,7 +115,9 @@ def _reports(titles: Mapping[str, str], timed: bool) -> str:
         rows = ["| " + " | ".join(row[i].strip() for i in kept) + " |" for row in made]
         rows[1] = "|---" * len(kept) + "|"
         place = folder.relative_to(ROOT).as_posix()
-        links = f"[whole table]({place}/table.md), [every trial]({place}/search.md)"
+        links = f"[whole table]({place}/table.md)"
+        if (folder / "search.md").exists():
+            links += f", [every trial]({place}/search.md)"
         parts += [f"**{title}** ({links}):", "", *rows, ""]
         if (folder / "curves.png").exists():
             parts += [f"![curves]({place}/curves.png)", ""]
@@ -177,6 +191,7 @@ def fill(text: str) -> str:
         methods,
         comparison,
         quality,
+        ablation,
         sharing,
         support,
     ):

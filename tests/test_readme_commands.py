@@ -71,10 +71,14 @@ SHRINK = {
     "write_card": {},
     "methods": {**BENCH, "width": 4, "rounds": 1, "memory_repeats": 0},
     "update_rules": {**NET, "repeats": 2, "warmup": 1, "threads": 1, "output": "b.json"},
-    "step_time": {**BENCH, "repeats": 2, "warmup": 1},
+    "budgets": {"only": "marian_512_b64", "threads": 1, "output": "times",
+                "flags": "--d_model 16 --ffn_dim 16 --layers 1 --vocab_size 50 --length 5 "
+                "--batch_size 4 --repeats 2 --warmup 1"},
+    "growth": {**BENCH, "repeats": 2, "warmup": 1, "only": "layers", "plot": "b.png"},
+    "gram_outputs": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
+                     "seeds": 1, "outputs": 4, "dampings": 1, "probed": 1, "output": "b.json"},
     "store": {**BENCH, "repeats": 2, "rows": 64, "stored_layers": 3},
     # One of the processes that it starts.
-    "memory": {**BENCH, "steps": 1, "variant": "fngd first epoch"},
     "checkpointing": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
     "coefficient_noise": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
                           "output": "b.json"},
@@ -159,7 +163,7 @@ def world(tmp_path_factory):
             part.save_pretrained(folder / "runs/tatoeba-marian-small")
     for name in ("FOLDER", "runs/demo", "runs/demo-adamw"):
         shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
-    for plan in ("compare_cifar10", "compare_multi30k", "quality_finetune"):
+    for plan in ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune"):
         copy = f"compare_{plan.removeprefix('compare_')}"
         shutil.copytree(SCRIPTS / "bench/results" / plan, folder / "runs" / copy)
     return folder
@@ -229,7 +233,9 @@ def run(command, folder, monkeypatch):
 LEFT = {
     "make demo": ["runs/demo/README.md", "runs/demo/predictions.jsonl", "runs/demo/curves.png"],
     "--output_dir runs/demo-adamw": ["runs/demo-adamw/metrics.json"],
-    "make bench": ["b.json"],
+    "make bench": ["times/marian_512_b64.json", "b.json"],
+    "growth": ["b.json", "b.png"],
+    "gram_outputs": ["b.json"],
     "run_translation.py --optim": ["stock/done0.json"],
     "--output_dir runs/mine": ["runs/mine/README.md"],
     "scripts/multi30k_finetune.json$": ["runs/multi30k-finetune-fngd/README.md"],
@@ -246,6 +252,7 @@ LEFT = {
     "plans/cifar10.json": ["runs/compare_cifar10/table.md", "runs/compare_cifar10/curves.png"],
     "plans/multi30k.json": ["runs/compare_multi30k/table.md"],
     "plans/quality_finetune.json": ["runs/compare_quality_finetune/table.md"],
+    "plans/ablation_finetune.json": ["runs/compare_ablation_finetune/table.md"],
     "update_rules": ["b.json"],
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],

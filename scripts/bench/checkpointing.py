@@ -1,8 +1,6 @@
 r"""Peak memory that activation checkpointing saves: with FNGD against torch's AdamW.
 
-Every variant and mode is trained in a process of its own by memory.py. Freed tensors go back to the
-system at once there (glibc would keep some, by chance hundreds of MiB), so that the peak is what is
-in use.
+Every variant and mode is trained in a process of its own by memory.py.
 
     python scripts/bench/checkpointing.py --length 64 --steps 2 --repeats 1 \
         --output scripts/bench/results/checkpointing.json
@@ -14,8 +12,6 @@ from memory import Options, measure_here, peak_of
 from transformers import HfArgumentParser
 from workload import MODES, Workload, write_results
 
-# What malloc gives by mmap, in bytes and more; given, it does not grow.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 VARIANTS = ("adamw", "fngd_adamw first epoch", "fngd_adamw later epochs")
 
 
@@ -37,7 +33,7 @@ def main() -> None:
         for name, modes in peaks.items():
             for mode, values in modes.items():
                 more = ["--steps", str(options.steps), "--checkpointing", mode]
-                values.append(peak_of(name, [*shapes, *more], **MALLOC))
+                values.append(peak_of(name, [*shapes, *more]))
     table = {}
     for name, modes in peaks.items():
         least = {mode: min(values) for mode, values in modes.items()}

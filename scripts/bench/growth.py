@@ -45,8 +45,9 @@ SERIES: dict[str, list[dict[str, int]]] = {
 
 @dataclass
 class Plot:
-    """The picture."""
+    """Which sizes, and the picture."""
 
+    only: list[str] | None = field(default=None, metadata={"help": "Names of series."})
     plot: str | None = field(default=None, metadata={"help": "PNG file."})
 
 
@@ -93,14 +94,15 @@ def draw(results: dict[str, Any], file: str) -> None:
         results: Measurements and exponents by series.
         file: PNG file.
     """
-    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 3.6))
-    for axis, (name, series) in zip(axes, results.items(), strict=True):
+    size = (4 * len(results), 3.6)
+    figure, axes = plt.subplots(1, len(results), figsize=size, squeeze=False)
+    for axis, (name, series) in zip(axes[0], results.items(), strict=True):
         rows = series["measurements"]
         for step in STEPS:
             axis.plot([r["size"] for r in rows], [r[step] for r in rows], "o-", label=step)
         axis.set(xlabel=name, ylabel="seconds a step", xscale="log", yscale="log")
         axis.grid(True, alpha=0.3)
-    axes[0].legend()
+    axes[0, 0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
@@ -111,6 +113,8 @@ def main() -> None:
     base, options, plot = parser.parse_args_into_dataclasses()
     results: dict[str, Any] = {}
     for name, variations in SERIES.items():
+        if plot.only and name not in plot.only:
+            continue
         rows: list[dict[str, Any]] = []
         for sizes in variations:
             workload = dataclasses.replace(base, **sizes)

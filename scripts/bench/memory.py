@@ -1,7 +1,8 @@
 """Peak memory of training: FNGD against torch's AdamW, each in a process of its own.
 
 The peak is the largest resident set of the process; what it was before the first step (Python,
-torch, the model) is reported beside it.
+torch, the model) is reported beside it. Freed tensors go back to the system at once (glibc would
+keep some, by chance hundreds of MiB), so that the peak is what is in use.
 
     python scripts/bench/memory.py --output scripts/bench/results/memory.json
 """
@@ -19,13 +20,16 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 from workload import VARIANTS, Workload, make_step, write_results
 
+# What malloc gives by mmap, in bytes and more; given, it does not grow.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
 
 @dataclass
 class Options:
     """How often, and where to."""
 
     steps: int = field(default=6, metadata={"help": "Training steps of each process."})
-    repeats: int = field(default=3, metadata={"help": "Processes of each variant."})
+    repeats: int = field(default=1, metadata={"help": "Processes of each variant."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
     variant: str | None = field(
         default=None, metadata={"help": "Measure this one in the present process (internal)."}
@@ -41,19 +45,18 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def peak_of(variant: str, arguments: Sequence[str], **environment: str) -> float:
+def peak_of(variant: str, arguments: Sequence[str]) -> float:
     """Trains one variant in a process of its own.
 
     Args:
         variant: A name in `VARIANTS`.
         arguments: The command line beside it.
-        **environment: Variables that the process gets besides its parent's.
 
     Returns:
         Its peak memory in MiB.
     """
     command = [sys.executable, __file__, *arguments, "--variant", variant]
-    variables = {**os.environ, **environment}
+    variables = {**os.environ, **MALLOC}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
     return json.loads(out.strip().splitlines()[-1])["peak_mib"]
 
