@@ -172,9 +172,9 @@ def test_what_is_said_of_fine_tuning_is_so():
 def test_what_is_said_of_equal_settings_is_so():
     assert "gain 0.6 to 1.0 BLEU" in README and "gain\n  0.8 BLEU on one of two" in README
     runs = ROOT / "scripts" / "bench" / "results" / "ablation_finetune" / "runs"
-    plain, fresh = (
+    plain, fresh, kept = (
         [json.loads((runs / label / f"final-seed{seed}.json").read_text()) for seed in (1, 2, 3)]
-        for label in ("rms", "rms_fresh_0.1")
+        for label in ("rms", "rms_fresh_0.1", "rms_sample_0.1")
     )
     gain = {
         name: [b["test"][name] - a["test"][name] for a, b in zip(plain, fresh, strict=True)]
@@ -183,6 +183,12 @@ def test_what_is_said_of_equal_settings_is_so():
     assert [round(edge(gain["bleu"]), 1) for edge in (min, max)] == [0.6, 1.0]
     assert round(mean(gain["bleu"]), 1) == 0.8
     assert round(mean(gain["bleu_test_2017_flickr"]), 1) == 0.1
+    means = {
+        name: mean(run["test"][name] for run in kept) - mean(run["test"][name] for run in plain)
+        for name in gain
+    }
+    assert "gain 0.5 on the first\n  and lose 0.4" in README
+    assert [round(change, 1) for change in means.values()] == [0.5, -0.4]
     assert min(run["objective"] for run in fresh) > max(run["objective"] for run in plain)
 
 

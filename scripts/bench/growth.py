@@ -101,6 +101,9 @@ def draw(results: dict[str, Any], file: str) -> None:
         for step in STEPS:
             axis.plot([r["size"] for r in rows], [r[step] for r in rows], "o-", label=step)
         axis.set(xlabel=name, ylabel="seconds a step", xscale="log", yscale="log")
+        axis.minorticks_off()
+        sizes = [row["size"] for row in rows]
+        axis.set_xticks(sizes, map(str, sizes))
         axis.grid(True, alpha=0.3)
     axes[0, 0].legend()
     figure.tight_layout()
