@@ -272,6 +272,7 @@ def test_damaged_result_is_refused(bench):
     assert "is not the result of a run: delete" in bench.refused()
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_loses_only_the_run_in_progress(bench):
     bench.plan["base"]["sleep"] = 1.0
     process = subprocess.Popen(
@@ -292,6 +293,7 @@ def test_a_killed_comparison_loses_only_the_run_in_progress(bench):
     assert all(bench.result("sgd", f"search-0{n}")["status"] == "ok" for n in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_training_process_too(bench):
     bench.plan["base"]["sleep"] = 60
     process = subprocess.Popen(

@@ -126,7 +126,7 @@ def test_stream_on_two_ranks(kind, two_ranks):
 
 
 @pytest.mark.feature("DataLoader workers, forked or spawned", "works")
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_change_nothing(start, tmp_path):
     plain = train(FNGDSeq2SeqTrainer, tmp_path, "")
     workers = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": start}

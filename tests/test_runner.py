@@ -42,6 +42,7 @@ def test_script_by_name(tmp_path):
     assert history[-2]["fngd/reuse_rate"] == 1.0 and history[-2]["fngd/damping"] == 0.01
 
 
+@pytest.mark.slow
 def test_help_of_the_script_and_of_the_runner():
     out = run(SCRIPT, "--help")
     assert out.returncode == 0 and "--optim_target_modules" in out.stdout
@@ -72,6 +73,7 @@ def test_bad_setting_is_one_line_and_exit_code_2(tmp_path):
     assert "Traceback" not in out.stderr
 
 
+@pytest.mark.slow
 def test_exit_code_and_traceback_of_a_failing_script(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(7)\n")
@@ -81,6 +83,7 @@ def test_exit_code_and_traceback_of_a_failing_script(tmp_path):
     assert out.returncode == 1 and "KeyError: 'mine'" in out.stderr
 
 
+@pytest.mark.slow
 def test_nothing_outside_the_process_changes(tmp_path):
     """No file of an installed package, of the home or of the working folder; no other process."""
     home, work = tmp_path / "home", tmp_path / "work"
