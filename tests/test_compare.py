@@ -129,6 +129,16 @@ def test_any_trainer_leaves_enough(tmp_path, drawn, capsys):
     assert table(capsys, tmp_path / "own")[0] == rows
 
 
+def test_run_shorter_than_its_logging_steps(tmp_path, capsys):
+    history = [{"step": 3, "eval_loss": 2.5, "train_seconds": 1.5}, {"step": 3, "train_runtime": 2}]
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "metrics.json").write_text(json.dumps({"history": history}))
+    rows, _ = table(capsys, tmp_path / "short", "--plot", tmp_path / "short.png")
+    (row,) = rows.values()
+    assert row["training loss"] == "–" and row["training s"] == "1.5"
+    assert (tmp_path / "short.png").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -41,7 +41,10 @@ def plot(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], objectiv
         right.set(xlabel="seconds of training", ylabel=name)
         for axes in (left, right):
             axes.grid(alpha=0.3)
-    panels[0, 0].legend()
+    # Runs shorter than their logging steps have no training loss.
+    drawn = [axes for axes in panels.flat if axes.lines]
+    if drawn:
+        drawn[0].legend()
     _save(figure, path)
 
 

@@ -77,7 +77,8 @@ def _is_history(value: Any) -> bool:
     return (
         isinstance(value, list)
         and all(isinstance(entry, dict) and "step" in entry for entry in value)
-        and any("loss" in entry for entry in value)
+        # A run shorter than logging_steps has logged no loss, but what it ended with.
+        and any({"loss", "eval_loss", "train_runtime"} & entry.keys() for entry in value)
     )
 
 
