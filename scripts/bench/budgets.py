@@ -17,19 +17,23 @@ from transformers import HfArgumentParser
 
 HERE = Path(__file__).resolve().parent
 _PAPER = "--d_model 512 --ffn_dim 2048 --layers 6"
-# Flags of the workload by name. Where a step takes seconds, fewer rounds are timed.
+# Flags of the workload, and timed rounds: fewer where a step takes seconds.
 SHAPES = {
-    "marian_256_b64": "--repeats 20",
-    "marian_512_b32": f"{_PAPER} --batch_size 32 --repeats 12",
-    "marian_512_b64": f"{_PAPER} --batch_size 64 --repeats 8",
-    "marian_512_b128": f"{_PAPER} --batch_size 128 --repeats 5",
-    "marian_512_b32_bf16": f"{_PAPER} --batch_size 32 --bf16 --repeats 8",
-    "opus_mt_b32": f"{_PAPER} --batch_size 32 --vocab_size 58101 --repeats 5",
-    "gpt2_blocks_b8": "--shapes gpt2 --d_model 768 --ffn_dim 3072 --layers 2 --batch_size 8 "
-    "--length 512 --repeats 3",
-    "resnet18_b128": "--shapes resnet18 --batch_size 128 --repeats 5",
-    "lora_7b_block_b4": "--shapes lora --d_model 4096 --ffn_dim 11008 --layers 1 --batch_size 4 "
-    "--length 128 --repeats 4",
+    "marian_256_b64": ("", 20),
+    "marian_512_b32": (f"{_PAPER} --batch_size 32", 12),
+    "marian_512_b64": (f"{_PAPER} --batch_size 64", 8),
+    "marian_512_b128": (f"{_PAPER} --batch_size 128", 5),
+    "marian_512_b32_bf16": (f"{_PAPER} --batch_size 32 --bf16", 8),
+    "opus_mt_b32": (f"{_PAPER} --batch_size 32 --vocab_size 58101", 5),
+    "gpt2_blocks_b8": (
+        "--shapes gpt2 --d_model 768 --ffn_dim 3072 --layers 2 --batch_size 8 --length 512",
+        3,
+    ),
+    "resnet18_b128": ("--shapes resnet18 --batch_size 128", 5),
+    "lora_7b_block_b4": (
+        "--shapes lora --d_model 4096 --ffn_dim 11008 --layers 1 --batch_size 4 --length 128",
+        4,
+    ),
 }
 MEMORY = ("marian_512_b32", "resnet18_b128", "gpt2_blocks_b8")
 
@@ -44,37 +48,31 @@ class Options:
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
 
 
-def run(script: str, flags: list[str], threads: int, output: Path) -> None:
+def run(script: str, words: str, output: Path) -> None:
     """Runs a benchmark in a process of its own.
 
     Args:
         script: Its file name.
-        flags: Of the workload.
-        threads: Threads of torch.
+        words: Its flags.
         output: JSON file.
     """
-    command = [sys.executable, str(HERE / script), *flags]
     print(f"{output.stem}: {script}", flush=True)
-    subprocess.run([*command, "--threads", str(threads), "--output", str(output)], check=True)
+    command = [sys.executable, str(HERE / script), *words.split(), "--output", str(output)]
+    subprocess.run(command, check=True)
 
 
 def main() -> None:
     """Runs all shapes."""
     (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()
     folder = Path(options.output)
-    for name, words in SHAPES.items():
+    for name, (shape, repeats) in SHAPES.items():
         if options.only is None or name in options.only:
-            flags = [*words.split(), *options.flags.split()]
-            run("step_time.py", flags, options.threads, folder / f"{name}.json")
+            last = f"--threads {options.threads} {options.flags}"
+            words = f"{shape} --repeats {repeats} {last}"
+            run("step_time.py", words, folder / f"{name}.json")
             if name in MEMORY:
-                at = flags.index("--repeats")
-                del flags[at : at + 2]
-                run(
-                    "memory.py",
-                    [*flags, "--steps", "3"],
-                    options.threads,
-                    folder.parent / "memory" / f"{name}.json",
-                )
+                words = f"{shape} --steps 3 {last}"
+                run("memory.py", words, folder.parent / "memory" / f"{name}.json")
 
 
 if __name__ == "__main__":

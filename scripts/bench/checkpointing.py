@@ -1,6 +1,6 @@
 r"""Peak memory that activation checkpointing saves: with FNGD against torch's AdamW.
 
-Every variant and mode is trained in a process of its own by memory.py.
+Every variant and mode is trained in a process of its own, as in memory.py.
 
     python scripts/bench/checkpointing.py --length 64 --steps 2 --repeats 1 \
         --output scripts/bench/results/checkpointing.json
@@ -8,20 +8,15 @@ Every variant and mode is trained in a process of its own by memory.py.
 
 from __future__ import annotations
 
-from memory import Options, measure_here, peak_of
-from transformers import HfArgumentParser
-from workload import MODES, Workload, write_results
+from memory import peak_of, read_options
+from workload import MODES, write_results
 
 VARIANTS = ("adamw", "fngd_adamw first epoch", "fngd_adamw later epochs")
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Workload, Options], description=__doc__)
-    workload, options = parser.parse_args_into_dataclasses()
-    if options.variant:
-        measure_here(workload, options)
-        return
+    workload, options = read_options(__doc__)
     shapes = [
         word
         for name, value in vars(workload).items()
@@ -32,8 +27,8 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, modes in peaks.items():
             for mode, values in modes.items():
-                more = ["--steps", str(options.steps), "--checkpointing", mode]
-                values.append(peak_of(name, [*shapes, *more]))
+                more = ["--steps", str(options.steps), "--checkpointing", mode, "--variant", name]
+                values.append(peak_of([*shapes, *more]))
     table = {}
     for name, modes in peaks.items():
         least = {mode: min(values) for mode, values in modes.items()}

@@ -36,11 +36,12 @@ from translation.model import ModelArguments, load_model  # noqa: E402
 from workload import write_results  # noqa: E402
 
 from hf_fngd import FNGD, create_fngd_optimizer, create_preconditioned_optimizer  # noqa: E402
+from hf_fngd.selection import select_layers  # noqa: E402
 
 
 @dataclass
-class Study:
-    """Data, model and training."""
+class Setting:
+    """Data and model."""
 
     train_file: str = field(
         default="data/multi30k/train.en-de.jsonl.gz", metadata={"help": "Sentence pairs."}
@@ -55,14 +56,20 @@ class Study:
     learning_rate: float = field(default=2e-3, metadata={"help": "Of the training between."})
     other_lr: float = field(default=5e-3, metadata={"help": "Of embeddings and norms."})
     probed: int = field(default=8, metadata={"help": "Batches whose directions are compared."})
-    epochs: list[int] = field(
-        default_factory=lambda: [1, 2, 5, 10],
-        metadata={"help": "Epochs after which γ is looked at."},
-    )
     dampings: list[float] = field(
         default_factory=lambda: [0.01, 0.1, 1.0, 10.0], metadata={"help": "Relative λ."}
     )
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
+
+
+@dataclass
+class Study(Setting):
+    """Data, model and training."""
+
+    epochs: list[int] = field(
+        default_factory=lambda: [1, 2, 5, 10],
+        metadata={"help": "Epochs after which γ is looked at."},
+    )
 
 
 @dataclass
@@ -79,7 +86,9 @@ class Data:
         study: Settings.
     """
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Setting) -> None:
+        torch.set_num_threads(study.threads)
+        set_seed(0)
         arguments = DataArguments(
             source_lang="en",
             target_lang="de",
@@ -103,7 +112,7 @@ class Data:
         self.rows = list(tokenize(pairs["train"], tokenizer, arguments))
         self.collate = DataCollatorForSeq2Seq(tokenizer, model=self.model)
         self.size = study.batch_size
-        self.weights: list[str] = []
+        self.weights = [f"{path}.weight" for path in select_layers(self.model).chosen]
 
     def batches(self, seed: int) -> Any:
         """Divides all pairs at random.
@@ -239,14 +248,11 @@ def main() -> None:
     """Runs the study from the command line."""
     parser = HfArgumentParser([Study, Options], description=__doc__)
     study, options = parser.parse_args_into_dataclasses()
-    torch.set_num_threads(study.threads)
-    set_seed(0)
     data = Data(study)
     model = data.model
     trainer = create_preconditioned_optimizer(
         model, method="plain", lr=study.learning_rate, update_rule="adamw", other_lr=study.other_lr
     )
-    data.weights = [f"{path}.weight" for path in trainer.selection.chosen]
     before: dict[float, FNGD] = {}
     rows, done, loss = [], 0, None
     for epochs in sorted(study.epochs):

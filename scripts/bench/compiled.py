@@ -14,13 +14,13 @@ from the same command at 1e63e0b, where every selected layer broke the graph.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import step_time
 import torch
+from step_time import interleave, summarise
 from torch._dynamo.utils import counters
 from transformers import HfArgumentParser
 from workload import Workload, make_step, write_results
@@ -29,13 +29,10 @@ OPTIMIZERS = ("adamw", "fngd_adamw later epochs", "fngd_adamw first epoch")
 
 
 @dataclass
-class Options:
+class Options(step_time.Options):
     """How often, by what, and where to."""
 
-    repeats: int = field(default=50, metadata={"help": "Timed rounds."})
-    warmup: int = field(default=3, metadata={"help": "Rounds before the first timed one."})
     backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
 
 def measure(name: str, workload: Workload, options: Options) -> dict[str, dict[str, Any]]:
@@ -56,25 +53,8 @@ def measure(name: str, workload: Workload, options: Options) -> dict[str, dict[s
         f"{name}, eager": make_step(workload, name),
         f"{name}, compiled": make_step(workload, name, options.backend),
     }
-    seconds: dict[str, list[float]] = {variant: [] for variant in steps}
-    for round_number in range(options.warmup + options.repeats):
-        for variant, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if round_number >= options.warmup:
-                seconds[variant].append(time.perf_counter() - begin)
-    table: dict[str, dict[str, Any]] = {}
-    base = seconds.pop("base")
-    for variant, values in seconds.items():
-        low, middle, high = statistics.quantiles(
-            [one / other for one, other in zip(values, base, strict=True)], n=4
-        )
-        table[variant] = {
-            "median_seconds": statistics.median(values),
-            "median_ratio": middle,
-            "quartile_low": low,
-            "quartile_high": high,
-        }
+    table: dict[str, dict[str, Any]] = summarise(interleave(steps, options))
+    del table["base"]
     table[f"{name}, compiled"] |= {
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),

@@ -1,6 +1,7 @@
-"""What `gram_outputs` costs in quality: γ, the direction and the training loss, against the exact.
+r"""What `gram_outputs` costs in quality: γ, the direction and the training loss, against the exact.
 
-    python scripts/bench/gram_outputs.py --model_name_or_path runs/tatoeba-marian-small \
+    python scripts/bench/gram_outputs.py --threads 1 --outputs 16 64 --seeds 2 \
+        --model_name_or_path runs/tatoeba-marian-small \
         --output scripts/bench/results/gram_outputs.json
 
 Real sentence pairs, a Marian whose layers have `d_model` or four times as many outputs. For each
@@ -22,18 +23,17 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from coefficient_noise import Data, Options, Study, correlation, cosine, gradients, table
+from coefficient_noise import Data, Options, Setting, correlation, cosine, gradients, table
 from tabulate import tabulate
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 from workload import write_results
 
 from hf_fngd import create_fngd_optimizer
 
 
 @dataclass
-class Estimates(Study):
-    """Data, model and training; the dampings are those of the first comparison."""
+class Estimates(Setting):
+    """Data, model and training."""
 
     outputs: list[int] = field(
         default_factory=lambda: [16, 32, 64, 128], metadata={"help": "Values of gram_outputs."}
@@ -42,7 +42,7 @@ class Estimates(Study):
         default_factory=lambda: [0.1, 1.0], metadata={"help": "Relative λ."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Of the selected weights."})
-    epochs: int = field(default=3, metadata={"help": "Epochs of training."})  # type: ignore[assignment]
+    epochs: int = field(default=3, metadata={"help": "Epochs of training."})
     seeds: int = field(default=3, metadata={"help": "Trainings of each."})
 
 
@@ -119,12 +119,7 @@ def main() -> None:
     """Runs the study from the command line."""
     parser = HfArgumentParser([Estimates, Options], description=__doc__)
     study, options = parser.parse_args_into_dataclasses()
-    torch.set_num_threads(study.threads)
-    set_seed(0)
     data = Data(study)
-    chosen = create_fngd_optimizer(data.model, lr=0.0)
-    chosen.detach()
-    data.weights = [f"{path}.weight" for path in chosen.selection.chosen]
     rows: list[dict[str, Any]] = []
     for damping in study.dampings:
         exact: list[float] = []

@@ -9,11 +9,12 @@ the time of the layer's plain weight gradient in the same round.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import step_time
 import torch
+from step_time import interleave
 from transformers import HfArgumentParser
 from workload import write_results
 
@@ -35,11 +36,10 @@ class Layer:
 
 
 @dataclass
-class Options:
+class Options(step_time.Options):
     """How often, and where to."""
 
     repeats: int = field(default=21, metadata={"help": "Timed rounds."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
 
 def candidates(layer: Layer) -> dict[str, Callable[[], object]]:
@@ -71,13 +71,7 @@ def main() -> None:
     layer, options = parser.parse_args_into_dataclasses()
     torch.set_num_threads(layer.threads)
     functions = candidates(layer)
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(options.repeats + 3):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            if round_number >= 3:
-                seconds[name].append(time.perf_counter() - begin)
+    seconds = interleave(functions, options)
     unit = statistics.median(seconds["weight gradient"])
     table = {
         name: {"ms": 1000 * statistics.median(s), "ratio": statistics.median(s) / unit}

@@ -1,7 +1,7 @@
-"""How FNGD's time grows with samples, length, width and layers; and which route a layer takes.
+r"""How FNGD's time grows with samples, length, width and layers; and which route a layer takes.
 
-    python scripts/bench/growth.py --output scripts/bench/results/growth.json \
-        --plot scripts/bench/results/growth.png
+    python scripts/bench/growth.py --repeats 3 --warmup 1 \
+        --output scripts/bench/results/growth.json --plot scripts/bench/results/growth.png
 
 A Marian is measured at several values of one size, all others fixed. At each, the steps of AdamW
 and of FNGD's later and first epochs run in turns; `first epoch adds` is the median over rounds of

@@ -4,7 +4,9 @@ The peak is the largest resident set of the process; what it was before the firs
 torch, the model) is reported beside it. Freed tensors go back to the system at once (glibc would
 keep some, by chance hundreds of MiB), so that the peak is what is in use.
 
-    python scripts/bench/memory.py --output scripts/bench/results/memory.json
+    python scripts/bench/memory.py --output scripts/bench/results/memory/marian_256_b64.json
+
+budgets.py runs it on the shapes of README.
 """
 
 from __future__ import annotations
@@ -45,17 +47,16 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def peak_of(variant: str, arguments: Sequence[str]) -> float:
-    """Trains one variant in a process of its own.
+def peak_of(arguments: Sequence[str]) -> float:
+    """Runs the present script again, in a process that prints its `peak_mib` as JSON.
 
     Args:
-        variant: A name in `VARIANTS`.
-        arguments: The command line beside it.
+        arguments: The command line.
 
     Returns:
-        Its peak memory in MiB.
+        Peak memory in MiB.
     """
-    command = [sys.executable, __file__, *arguments, "--variant", variant]
+    command = [sys.executable, sys.argv[0], *arguments]
     variables = {**os.environ, **MALLOC}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
     return json.loads(out.strip().splitlines()[-1])["peak_mib"]
@@ -75,17 +76,30 @@ def measure_here(workload: Workload, options: Options) -> None:
     print(json.dumps({"start_mib": start, "peak_mib": peak_mib()}))
 
 
-def main() -> None:
-    """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Workload, Options], description=__doc__)
+def read_options(description: str | None) -> tuple[Workload, Options]:
+    """Reads the command line; with `--variant` measures that one, and ends the process.
+
+    Args:
+        description: Text of `--help`.
+
+    Returns:
+        Shapes and options.
+    """
+    parser = HfArgumentParser([Workload, Options], description=description)
     workload, options = parser.parse_args_into_dataclasses()
     if options.variant:
         measure_here(workload, options)
-        return
+        sys.exit()
+    return workload, options
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    workload, options = read_options(__doc__)
     peaks: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(options.repeats):
         for name, values in peaks.items():
-            values.append(peak_of(name, sys.argv[1:]))
+            values.append(peak_of([*sys.argv[1:], "--variant", name]))
     base = min(peaks["adamw"])
     table = {
         name: {"peak_mib": min(values), "ratio": min(values) / base, "all_mib": values}

@@ -16,13 +16,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 
 from kinds_of_steps import VARIANTS, Runner
-from memory import peak_mib
+from memory import peak_mib, peak_of
 from transformers import HfArgumentParser
 from workload import Workload, write_results
 
@@ -127,12 +126,8 @@ def main() -> None:
         return
     peaks: dict[str, float] = {}
     for label in chosen(options) if options.memory_repeats else ():
-        command = [sys.executable, *sys.argv, "--only", label]
-        found = [
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for _ in range(options.memory_repeats)
-        ]
-        peaks[label] = min(json.loads(out.strip().splitlines()[-1])["peak_mib"] for out in found)
+        command = [*sys.argv[1:], "--only", label]
+        peaks[label] = min(peak_of(command) for _ in range(options.memory_repeats))
     table = summarise(time_steps(workload, options))
     for row in table.values():
         if row["method"] in peaks:

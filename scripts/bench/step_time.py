@@ -1,10 +1,13 @@
-"""Time of one training step: FNGD's first and later epochs against torch's AdamW.
+r"""Time of one training step: FNGD's first and later epochs against torch's AdamW.
 
 All variants run in one process, interleaved step by step (A B C A B C …), so that the noise of the
 machine meets them alike; medians and quartiles of the ratios to AdamW's step in the same round, and
 beside them the ratio of operations in matrix products and convolutions, as torch counts them.
 
-    python scripts/bench/step_time.py --repeats 50 --output scripts/bench/results/step_time.json
+    python scripts/bench/step_time.py --repeats 20 \
+        --output scripts/bench/results/step_time/marian_256_b64.json
+
+budgets.py runs it on the shapes of README.
 """
 
 from __future__ import annotations
