@@ -7,6 +7,14 @@ per-sample gradients. With K = UᵀU and the mean gradient M = U1/N the push-thr
 
 The package works with γ = λc: γ = 1 is the plain mean gradient, and λ → ∞ goes there.
 
+A sample's own gradient is part of that Fisher, so a large one shrinks itself: for samples that are
+orthogonal γ = λ/(λ + |u|²/N). Leaving it out of the Fisher that it meets, and no other, gives by
+Sherman and Morrison
+
+    (1/N) Σ (λI + F − u uᵀ/N)⁻¹ u = (1/N) U C w,    C = (λI + K/N)⁻¹,  w = 1/(λ diag C),
+
+so γ = C (1/diag C), which is 1 for orthogonal samples of any size: an addition of hf_fngd.
+
 Relative damping takes λ in units of the mean eigenvalue tr(K)/N² of K/N, which makes γ invariant
 to any constant factor of the loss. The Nyström form of the token-level coefficients is an addition
 of hf_fngd.
@@ -23,6 +31,8 @@ from torch import Tensor
 # here (relative to the mean of its diagonal, in units of the dtype's ε) and grows tenfold.
 _JITTER = 10.0
 _JITTER_TRIES = 6
+# leave_one_out: least part of a sample that its own gradient does not explain, in units of ε.
+_LEAST_LEFT = 100.0
 
 
 class Solution(NamedTuple):
@@ -61,7 +71,14 @@ def damping_ratio(
     return torch.where(trace > 0, count / (trace * damping), torch.zeros_like(trace))
 
 
-def solve(gram: Tensor, *, damping: float, mode: str = "relative", kappa: float = 1.0) -> Solution:
+def solve(
+    gram: Tensor,
+    *,
+    damping: float,
+    mode: str = "relative",
+    kappa: float = 1.0,
+    leave_one_out: bool = False,
+) -> Solution:
     """Solves (λI + K/N)c = 1 by Cholesky and returns γ = λc.
 
     Args:
@@ -69,6 +86,7 @@ def solve(gram: Tensor, *, damping: float, mode: str = "relative", kappa: float 
         damping: λ > 0.
         mode: `relative` or `absolute` damping.
         kappa: As in `damping_ratio`.
+        leave_one_out: Whether each sample meets the Fisher of the others alone.
 
     Returns:
         γ with a report. A matrix that is not positive definite in float32 is solved in float64
@@ -76,6 +94,12 @@ def solve(gram: Tensor, *, damping: float, mode: str = "relative", kappa: float 
     """
     n = len(gram)
     ratio = damping_ratio(gram.diagonal().sum(), n, damping, mode, kappa)
+    if leave_one_out:
+        scaled = gram * ratio
+        if not bool(scaled.isfinite().all()):
+            return Solution(gram.new_ones(n), finite=False, fallback=False)
+        inverse, fallback = inverse_of_shifted(scaled)
+        return Solution(inverse @ (1 / inverse.diagonal()), finite=True, fallback=fallback)
     gamma, info = _solve_shifted(gram * ratio, gram.new_ones(n))
     if bool((info == 0) & gamma.isfinite().all()):
         return Solution(gamma, finite=True, fallback=False)
@@ -87,7 +111,7 @@ def solve(gram: Tensor, *, damping: float, mode: str = "relative", kappa: float 
 
 
 def _solve_shifted(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves (I + matrix) x = right.
+    """Solves (I + matrix) x = right, for one right side or the columns of a matrix.
 
     Returns:
         x, and 0 where Cholesky succeeded.
@@ -95,7 +119,8 @@ def _solve_shifted(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     shifted = matrix.clone()
     shifted.diagonal().add_(1)
     factor, info = torch.linalg.cholesky_ex(shifted)
-    return torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1), info
+    columns = right.view(len(right), -1)
+    return torch.cholesky_solve(columns, factor).view(right.shape), info
 
 
 def solve_nystrom(
@@ -107,6 +132,7 @@ def solve_nystrom(
     damping: float,
     mode: str = "relative",
     kappa: float = 1.0,
+    leave_one_out: bool = False,
 ) -> Solution:
     """Approximates γ of a large Gram matrix from m of its columns.
 
@@ -122,6 +148,7 @@ def solve_nystrom(
         damping: λ > 0.
         mode: `relative` or `absolute` damping.
         kappa: As in `damping_ratio`.
+        leave_one_out: As in `solve`, with the approximate matrix.
 
     Returns:
         γ of shape `[n]` with a report; `fallback` is True if more than the first jitter was needed.
@@ -144,8 +171,13 @@ def solve_nystrom(
     else:
         return Solution(ones, finite=False, fallback=True)
     b = torch.linalg.solve_triangular(factor, scaled.t(), upper=False).t()
-    small, info = _solve_shifted(b.t() @ b, b.sum(0))
-    gamma = 1 - b @ small
+    weights, right = ones, b.sum(0)
+    if leave_one_out:
+        hat, _ = _solve_shifted(b.t() @ b, b.t().contiguous())
+        weights = 1 / (1 - (b * hat.t()).sum(1)).clamp(min=_LEAST_LEFT * precision.eps)
+        right = b.t() @ weights
+    small, info = _solve_shifted(b.t() @ b, right)
+    gamma = weights - b @ small
     finite = bool((info == 0) & gamma.isfinite().all())
     return Solution(gamma if finite else ones, finite, fallback=attempt > 0)
 
@@ -157,8 +189,9 @@ def temper(
 
     Args:
         gamma: γ of the samples that count, of any shape.
-        scale: `one` divides γ by its mean, which is positive for every exact solution since
-            (I + rK)⁻¹ is positive definite; `free` does not.
+        scale: `one` divides γ by its mean where that is positive, which it is for every exact
+            solution that leaves nothing out, since (I + rK)⁻¹ is positive definite; `free` does
+            not.
         maximum: Bound b of the interval [0, b] that γ is then clipped to.
         power: α in [0, 1]; γ at last becomes max(γ, 0)^α, unless α = 1.
 

@@ -47,6 +47,12 @@ class FNGDConfig(OptimizerConfig):
         at_least=1,
         resumed=True,
     )
+    leave_one_out: bool = setting(
+        False,
+        "Whether each sample's gradient meets the Fisher of the other samples of its batch alone, "
+        "so that a large one does not shrink itself (an addition of hf_fngd).",
+        resumed=True,
+    )
     gamma_scale: str = setting(
         "free",
         "free (γ as computed) or one (γ over its mean in the batch: it weights samples and leaves "

@@ -68,9 +68,7 @@ def solve_samples(
         memory_bytes=config.gram_memory_mb * 2**20,
         outputs=outputs,
     )
-    solution = coefficients.solve(
-        matrix, damping=config.damping, mode=config.damping_mode, kappa=kappa
-    )
+    solution = coefficients.solve(matrix, **_options(config, kappa))
     return solution._replace(gamma=_temper(config, solution.gamma)), per_sample
 
 
@@ -95,11 +93,7 @@ def solve_tokens(
     norms = gram.token_norms(a, g, bias=bias)
     alive = norms.nonzero().squeeze(1)
     count = max(1, len(alive))
-    options: dict[str, Any] = {
-        "damping": config.damping,
-        "mode": config.damping_mode,
-        "kappa": kappa * count / len(norms),
-    }
+    options = _options(config, kappa * count / len(norms))
     exact = config.gram_route == "exact" or (
         config.gram_route == "auto" and len(alive) <= 2 * config.num_landmarks
     )
@@ -114,6 +108,15 @@ def solve_tokens(
     gamma = torch.ones_like(norms)
     gamma[alive] = _temper(config, solution.gamma)
     return solution._replace(gamma=gamma.view(n, t)), (norms > 0).view(n, t)
+
+
+def _options(config: FNGDConfig, kappa: float) -> dict[str, Any]:
+    return {
+        "damping": config.damping,
+        "mode": config.damping_mode,
+        "kappa": kappa,
+        "leave_one_out": config.leave_one_out,
+    }
 
 
 def _temper(config: FNGDConfig, gamma: Tensor) -> Tensor:
