@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hf_fngd.calls import to_autocast
 from hf_fngd.compiled import run_in_graph
 from hf_fngd.handlers import Delivery, LayerHandler, Pass
-from hf_fngd.layers import LinearAdapter, to_autocast
+from hf_fngd.layers import LinearAdapter
 
 _ATTRIBUTE = "_fngd_capture"
 _SWAPPED: dict[type, type] = {}

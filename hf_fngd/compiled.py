@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.layers import Call, LinearAdapter, to_autocast
+from hf_fngd.calls import Call, to_autocast
+from hf_fngd.layers import LinearAdapter
 
 
 class GraphLayer(Protocol):

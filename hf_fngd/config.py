@@ -103,6 +103,13 @@ class FNGDConfig(OptimizerConfig):
         at_least=1,
         resumed=True,
     )
+    gram_inputs: int | None = setting(
+        None,
+        "The same for input features (of a convolution: channels), of which no more than these are "
+        "then looked at.",
+        at_least=1,
+        resumed=True,
+    )
     store_dtype: str = setting(
         "float32",
         "Precision of stored coefficients: float32 or float16.",
@@ -135,11 +142,12 @@ class FNGDConfig(OptimizerConfig):
                 f"{self.collect_epochs}: coefficients would be computed in every epoch; "
                 "set share=none for that"
             )
-        if self.fisher_unit == "token" and self.gram_outputs is not None:
-            raise FNGDError(
-                "gram_outputs goes with fisher_unit=sample; with fisher_unit=token set "
-                "gram_route=nystrom and num_landmarks for a cheaper Gram matrix"
-            )
+        for name in ("gram_outputs", "gram_inputs"):
+            if self.fisher_unit == "token" and getattr(self, name) is not None:
+                raise FNGDError(
+                    f"{name} goes with fisher_unit=sample; with fisher_unit=token set "
+                    "gram_route=nystrom and num_landmarks for a cheaper Gram matrix"
+                )
         if self.fisher_unit == "token" and self.share not in ("none", "label"):
             raise FNGDError(
                 f"share={self.share} does not go with fisher_unit=token: "

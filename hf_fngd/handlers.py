@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hf_fngd.layers import Call
+from hf_fngd.calls import Call
 
 # A call and the backward pass that it belongs to.
 Delivery = tuple[int, Call]

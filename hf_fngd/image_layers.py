@@ -69,6 +69,13 @@ class Conv2dAdapter(LinearAdapter):
     def bias_gradient(self, g: Tensor) -> Tensor:  # noqa: D102
         return g.sum((0, 2, 3))
 
+    def input_features(self, x: Tensor) -> int:  # noqa: D102
+        return x.shape[1] // self.groups
+
+    def pick_inputs(self, x: Tensor, chosen: Tensor) -> Tensor:  # noqa: D102
+        groups = x.view(len(x), self.groups, -1, *x.shape[2:])[:, :, chosen]
+        return groups.flatten(1, 2) * (self.input_features(x) / len(chosen)) ** 0.5
+
     def canonical(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         patches = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
         a, g = (
@@ -127,6 +134,9 @@ class BatchNormAdapter(LinearAdapter):
 
     def bias_gradient(self, g: Tensor) -> Tensor:  # noqa: D102
         return g.sum((0, 2, 3))
+
+    def input_features(self, x: Tensor) -> int:  # noqa: D102
+        return 1
 
     def canonical(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         a, g = (part.flatten(2).transpose(0, 1).unsqueeze(-1) for part in (x, g))

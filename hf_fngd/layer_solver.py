@@ -25,30 +25,57 @@ class Draws(NamedTuple):
     step: int
     layer: int
 
-    def some_of(self, count: int, wanted: int, device: torch.device) -> Tensor:
+    def some_of(self, count: int, wanted: int, device: torch.device, stream: int = 0) -> Tensor:
         """Draws some of the numbers below a count.
 
         Args:
             count: The count.
             wanted: How many.
             device: Where the result lies.
+            stream: Draws of different streams have nothing to do with each other.
 
         Returns:
             Different numbers, all of them where there are no more than wanted.
         """
         seed = (self.seed * 1_000_003 + self.step) * 1_000_003 + self.layer
+        seed += stream * 1_000_003**3
         generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.randperm(count, generator=generator)[:wanted].to(device)
 
 
+def draw_inputs(
+    config: FNGDConfig, features: int, draws: Draws, device: torch.device
+) -> Tensor | None:
+    """Draws the input features that a layer's Gram matrix is estimated from.
+
+    Args:
+        config: Settings.
+        features: How many there are (in every group of channels).
+        draws: Source of random numbers.
+        device: Where the result lies.
+
+    Returns:
+        Their numbers; None for all of them.
+    """
+    if config.gram_inputs is None or config.gram_inputs >= features:
+        return None
+    return draws.some_of(features, config.gram_inputs, device, stream=1)
+
+
 def solve_samples(
-    config: FNGDConfig, a: Tensor, g: Tensor, *, bias: bool, kappa: float, draws: Draws
+    config: FNGDConfig,
+    a: Tensor,
+    g: Tensor,
+    *,
+    bias: bool,
+    kappa: float,
+    draws: Draws,
 ) -> tuple[Solution, Tensor | None]:
     """Gives γ of each sample (fisher_unit=sample).
 
     Args:
         config: Settings.
-        a: Layer inputs `[G, N, T, d_in]`.
+        a: Layer inputs `[G, N, T, d_in]`, or what `draw_inputs` left of them.
         g: Output gradients `[G, N, T, d_out]`, of the same dtype.
         bias: Whether the bias is part of the block.
         kappa: As in `coefficients.damping_ratio`.

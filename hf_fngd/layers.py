@@ -8,17 +8,9 @@ layer) and d features. The per-sample gradient of group i is Σ_t g[i, n, t] a[i
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from hf_fngd.packing import unpack
-
-# Input, output gradient and weight (as the call saw it, under autocast in low precision).
-Call = tuple[Tensor, Tensor, Tensor]
 
 
 class LinearAdapter:
@@ -124,6 +116,29 @@ class LinearAdapter:
         n = x.shape[0]
         return x.reshape(1, n, -1, x.shape[-1]), g.reshape(1, n, -1, g.shape[-1])
 
+    def input_features(self, x: Tensor) -> int:
+        """Counts the features that `pick_inputs` chooses from.
+
+        Args:
+            x: Layer input.
+
+        Returns:
+            Input features; of a convolution the channels of one group.
+        """
+        return x.shape[self.feature_dim]
+
+    def pick_inputs(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Keeps some input features, scaled so that inner products stay the same in the mean.
+
+        Args:
+            x: Layer input.
+            chosen: Numbers of the features, in every group of channels the same.
+
+        Returns:
+            Input of `canonical` with these features alone.
+        """
+        return x[..., chosen] * (x.shape[-1] / len(chosen)) ** 0.5
+
     def to_canonical(self, gradient: Tensor) -> Tensor:
         """Brings a weight gradient into the canonical layout.
 
@@ -160,68 +175,6 @@ class LinearAdapter:
         gamma = gamma.to(g.dtype)
         shape = g.shape[:-1] if gamma.dim() == 2 else (g.shape[0], *[1] * (g.dim() - 2))
         return g * gamma.reshape(*shape, 1)
-
-
-def to_autocast(
-    adapter: LinearAdapter, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Brings the operands of a layer into the precision that autocast would run it in.
-
-    Args:
-        adapter: Adapter of the layer's type.
-        x: Layer input.
-        weight: Weight.
-        bias: Bias or None.
-
-    Returns:
-        The three, the same tensors where autocast is off or does not concern the layer.
-    """
-    kind = x.device.type
-    if not (adapter.autocast and torch.is_autocast_enabled(kind)) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def gather_calls(
-    adapter: LinearAdapter, calls: Sequence[Call], lengths: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Brings all calls of one forward into the canonical layout, low precision into float32.
-
-    Args:
-        adapter: Adapter of the layer's type.
-        calls: Input, output gradient and weight of every call.
-        lengths: Positions of each sample, where a call's one row holds them all.
-
-    Returns:
-        `a` as `[G, N, T, d_in]` and `g` as `[G, N, T, d_out]`, positions of all calls in a row.
-    """
-    parts = [adapter.canonical(x, g) for x, g, _ in calls]
-    if lengths is not None:
-        parts = [(unpack(a, lengths), unpack(g, lengths)) for a, g in parts]
-    a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a = a.float()
-    return a, g.to(a.dtype)
-
-
-def sum_gradients(
-    adapter: LinearAdapter, calls: Sequence[Call], bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Adds up the plain parameter gradients of all calls of one forward.
-
-    Args:
-        adapter: Adapter of the layer's type.
-        calls: Input, output gradient (weighted or not) and weight of every call.
-        bias: Whether the bias gradient is wanted.
-
-    Returns:
-        Weight gradient in the weight's layout, and the bias gradient or None.
-    """
-    grads = [adapter.parameter_gradients(g, x, weight, bias) for x, g, weight in calls]
-    weights, biases = zip(*grads, strict=True)
-    total = functools.partial(functools.reduce, torch.add)
-    return total(weights), total(biases) if bias else None
 
 
 class Conv1DAdapter(LinearAdapter):

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hf_fngd import compiled
 from hf_fngd.batches import TrackedLayer
+from hf_fngd.calls import Call, gather_calls, sum_gradients
 from hf_fngd.capture import backward_pass
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
-from hf_fngd.layer_solver import Draws, solve_samples, solve_tokens
-from hf_fngd.layers import Call, LinearAdapter, gather_calls, sum_gradients
+from hf_fngd.layer_solver import Draws, draw_inputs, solve_samples, solve_tokens
+from hf_fngd.layers import LinearAdapter
 from hf_fngd.mean_store import MeanStore
 from hf_fngd.packing import check_row, spread
 
@@ -188,10 +189,12 @@ class LayerState(TrackedLayer[FNGDState]):
         config, state = self.state.config, self.state
         for _, given, _ in calls:
             check_row(self.name, self.adapter.positions(given), batch.lengths)
-        a, g = gather_calls(self.adapter, calls, batch.lengths)
+        draws = Draws(config.seed, state.steps, self.number)
+        x = calls[0][0]
+        inputs = draw_inputs(config, self.adapter.input_features(x), draws, x.device)
+        a, g = gather_calls(self.adapter, calls, batch.lengths, inputs)
         _, n, t, _ = a.shape
         kappa = n * state.accumulation
-        draws = Draws(config.seed, state.steps, self.number)
         per_sample = alive = None
         if config.fisher_unit == "sample":
             solution, per_sample = solve_samples(config, a, g, bias=bias, kappa=kappa, draws=draws)
@@ -200,7 +203,7 @@ class LayerState(TrackedLayer[FNGDState]):
         state.statistics.count_solution(solution)
         if solution.finite:
             self._remember(batch, solution.gamma, alive, calls)
-        return solution.gamma, per_sample
+        return solution.gamma, per_sample if inputs is None else None
 
     def _remember(
         self, batch: Batch, gamma: Tensor, alive: Tensor | None, calls: list[Call]

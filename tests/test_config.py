@@ -29,6 +29,7 @@ REFUSED = {
     "num_landmarks": [0, -5, 2.5, None],
     "gram_memory_mb": [0, -1, 0.5, None],
     "gram_outputs": [0, -1, 0.5],
+    "gram_inputs": [0, -1, 0.5],
     "other_lr": [-1e-3, NAN, INF],
     "num_samples": [0, -1, 10.5],
     "store_dir": ["", 3, True],
@@ -110,6 +111,10 @@ def test_allowed(values: dict[str, Any]) -> None:
         ({"fisher_unit": "token"}, ["share=sample", "fisher_unit=token", "label"]),
         ({"fisher_unit": "token", "share": "position"}, ["share=position", "none"]),
         ({"fisher_unit": "token", "share": "layer"}, ["share=layer", "none"]),
+        (
+            {"fisher_unit": "token", "share": "none", "gram_inputs": 8},
+            ["gram_inputs", "fisher_unit=sample", "nystrom"],
+        ),
         (
             {"fisher_unit": "token", "share": "none", "gram_outputs": 8},
             ["gram_outputs", "fisher_unit=sample", "nystrom"],

@@ -1,4 +1,4 @@
-"""leave_one_out: each sample's gradient meets the Fisher of the others, against a loop of solves."""
+"""leave_one_out: every sample meets the Fisher of the others, against a loop of dense solves."""
 
 from __future__ import annotations
 

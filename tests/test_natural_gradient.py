@@ -170,16 +170,28 @@ def test_landmarks_follow_the_seed(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear tokens", "conv1d tokens", "groups", "same odd"])
-def test_as_many_gram_outputs_as_there_are_give_the_exact_gradient(name: str) -> None:
-    check(*case(name), gram_outputs=1000)
+def test_as_many_features_as_there_are_give_the_exact_gradient(name: str) -> None:
+    check(*case(name), gram_outputs=1000, gram_inputs=1000)
 
 
-def test_gram_outputs_follow_seed_and_step() -> None:
+@pytest.mark.parametrize("name", ["linear tokens", "conv1d tokens", "groups", "same odd"])
+def test_estimated_coefficients_weight_whole_gradients(name: str) -> None:
+    # Damping lets the estimates pass: γ is 1 then, and all features must have their gradient.
+    model, x = case(name)
+    plain = torch.autograd.grad(model.shares(x, False).sum(), list(model.layer.parameters()))
+    moved = displacement(
+        model, lambda: model.shares(x, False).sum(), damping=1e12, gram_inputs=1, gram_outputs=1
+    )
+    for found, wanted in zip(moved.values(), plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sides", [["gram_outputs"], ["gram_inputs"]], ids=str)
+def test_estimates_follow_seed_and_step(sides: list[str]) -> None:
     torch.manual_seed(0)
     model, x = case("linear tokens")
-    optimizer = create_fngd_optimizer(
-        model, lr=0.0, momentum=0.0, share="none", gram_outputs=1, target_modules="layer", seed=3
-    )
+    options = dict.fromkeys(sides, 1) | {"share": "none", "target_modules": "layer", "seed": 3}
+    optimizer = create_fngd_optimizer(model, lr=0.0, momentum=0.0, **options)
     gradients = []
     for step in (0, 0, 1):
         optimizer.coefficients.steps = step

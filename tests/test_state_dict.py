@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "collected later": {"collect_from": 1, "collect_epochs": 2, "gamma_scale": "one"},
     "mean of two epochs": {"collect_epochs": 2, "gamma_power": 0.5},
     "float16": {"store_dtype": "float16"},
-    "estimated": {"gram_outputs": 2, "share": "none"},
+    "estimated": {"gram_outputs": 2, "gram_inputs": 2, "share": "none", "leave_one_out": True},
     "token exact": {"fisher_unit": "token", "share": "label", "gram_route": "exact"},
     "token nystrom": {
         "fisher_unit": "token",

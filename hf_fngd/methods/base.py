@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_fngd.layers import Call, LinearAdapter, gather_calls
+from hf_fngd.calls import Call, gather_calls
+from hf_fngd.layers import LinearAdapter
 from hf_fngd.settings import OptimizerConfig, setting
 
 

@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fngd.layers import Call, LinearAdapter, gather_calls
+from hf_fngd.calls import Call, gather_calls
+from hf_fngd.layers import LinearAdapter
 from hf_fngd.methods.averages import AveragedCurvature
 from hf_fngd.methods.base import (
     Observed,

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_fngd.batches import BatchTracker, SizedPass, TrackedLayer
-from hf_fngd.layers import Call, LinearAdapter, sum_gradients
+from hf_fngd.calls import Call, sum_gradients
+from hf_fngd.layers import LinearAdapter
 from hf_fngd.methods.base import LayerCurvature, Observed, PreconditionerConfig
 from hf_fngd.statistics import Stopwatch
 
