@@ -1,6 +1,6 @@
 """Runs an unmodified training script with the optimizer names registered, or a command.
 
-python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=0.1" ...
+python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=1" ...
 torchrun --nproc_per_node 2 -m hf_fngd run_translation.py --optim fngd ...
 """
 
@@ -19,7 +19,7 @@ _USAGE = """usage: python -m hf_fngd SCRIPT [ARGUMENTS OF THE SCRIPT]
        python -m hf_fngd compare RUN ... [--metric NAME] [--plot FILE]
 
 SCRIPT   is run, unmodified, with the optimizer names fngd, kfac, eva and so on known to
-         transformers: python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=0.1"
+         transformers: python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=1"
 explain  lists the layers of a model (Hub id or folder) that are chosen and left out, with the
          reason, the memory and cost of FNGD, and settings to start with.
 compare  prints a table of finished runs (output folders) and draws their course.

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from hf_fngd import capture
 from hf_fngd.batches import BatchTracker
+from hf_fngd.checks import check_number
 from hf_fngd.errors import FNGDError
 from hf_fngd.handlers import LayerHandler
 from hf_fngd.layers import LinearAdapter
 from hf_fngd.selection import Selection, select_layers
-from hf_fngd.settings import OptimizerConfig, check_number
+from hf_fngd.settings import OptimizerConfig
 from hf_fngd.update_rules import apply_rule
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_fngd.errors import FNGDError
-from hf_fngd.settings import OptimizerConfig, setting
+from hf_fngd.settings import OptimizerConfig, damping, setting
 
 _ROUTES = {"sample": ("auto", "direct", "hadamard"), "token": ("auto", "exact", "nystrom")}
 
@@ -21,6 +21,15 @@ class FNGDConfig(OptimizerConfig):
 
     title: ClassVar[str] = "FNGD"
 
+    damping: float = damping(1.0)
+    update_scale: str = setting(
+        "auto",
+        "none, rms (every selected weight's update gets the root mean square 0.2 of a typical "
+        "AdamW update, so that AdamW learning rates carry over), or auto: rms for "
+        "update_rule=sgd, none for the others. The paper: none.",
+        choices=("auto", "none", "rms"),
+        resumed=True,
+    )
     share: str = setting(
         "sample",
         "What the coefficients of the first epoch are kept for: sample (each data set row), label "
@@ -129,6 +138,8 @@ class FNGDConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.update_scale == "auto":
+            self.update_scale = "rms" if self.update_rule == "sgd" else "none"
         if self.gram_route not in _ROUTES[self.fisher_unit]:
             raise FNGDError(
                 f"gram_route={self.gram_route} does not go with fisher_unit={self.fisher_unit}: "

@@ -139,7 +139,7 @@ def create_fngd_optimizer(
 ) -> FNGD:
     """Makes an FNGD optimizer for a model and attaches it: the two lines of a plain loop.
 
-        optimizer = create_fngd_optimizer(model, lr=1e-3, update_scale="rms")
+        optimizer = create_fngd_optimizer(model, lr=1e-3)
         ...
         optimizer.start_epoch(epoch)            # before each epoch
         optimizer.set_batch(sample_ids=rows)    # before each forward pass

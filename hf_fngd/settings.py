@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+from hf_fngd.checks import check_number, nearest
 from hf_fngd.errors import FNGDError
 
 Config = TypeVar("Config", bound="OptimizerConfig")
-_ELSEWHERE: dict[object, str] = {
-    "lr": "learning_rate",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-}
 _IN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -51,6 +46,23 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def damping(default: float) -> Any:
+    """Declares the damping, whose best value depends on the method.
+
+    Args:
+        default: Default value.
+
+    Returns:
+        A dataclass field.
+    """
+    return setting(
+        default,
+        "Damping λ > 0; relative: in units of the mean eigenvalue of the layer's UᵀU/N.",
+        above=0.0,
+        resumed=True,
+    )
+
+
 @dataclass
 class OptimizerConfig:
     """Settings that every optimizer of the package has, checked when the object is made.
@@ -61,12 +73,7 @@ class OptimizerConfig:
 
     title: ClassVar[str] = "the optimizer"
 
-    damping: float = setting(
-        0.1,
-        "Damping λ > 0; relative: in units of the mean eigenvalue of the layer's UᵀU/N.",
-        above=0.0,
-        resumed=True,
-    )
+    damping: float = damping(0.1)
     damping_mode: str = setting(
         "relative",
         "relative (the coefficients do not change when the loss is multiplied by a constant) or "
@@ -122,7 +129,7 @@ class OptimizerConfig:
                 if value not in choices:
                     raise FNGDError(
                         f"{one.name}={value!r} is not allowed: choose "
-                        f"{', '.join(choices)}{_nearest(value, choices)}"
+                        f"{', '.join(choices)}{nearest(value, choices)}"
                     )
             elif "list" in str(one.type):
                 many = value if isinstance(value, list | tuple) else [value]
@@ -166,7 +173,7 @@ class OptimizerConfig:
         if unknown:
             raise FNGDError(
                 f"{', '.join(unknown)}: not a setting of {cls.title}"
-                f"{_nearest(unknown[0], known)}; valid names: {', '.join(known)}"
+                f"{nearest(unknown[0], known)}; valid names: {', '.join(known)}"
             )
         return cls(**values)
 
@@ -195,7 +202,7 @@ class OptimizerConfig:
         known = {one.name: str(one.type) for one in fields(cls)}
         if name not in known:
             raise FNGDError(
-                f"optim_args: {name!r} is not a setting of {cls.title}{_nearest(name, known)}; "
+                f"optim_args: {name!r} is not a setting of {cls.title}{nearest(name, known)}; "
                 f"valid names: {', '.join(known)}"
             )
         kind = known[name]
@@ -219,39 +226,3 @@ class OptimizerConfig:
             Names and values.
         """
         return asdict(self)
-
-
-def check_number(name: str, value: Any, whole: bool, bounds: Mapping[str, float]) -> None:
-    """Refuses what is no number, or out of range.
-
-    Args:
-        name: What the user calls it.
-        value: What the user gave.
-        whole: Whether it must be an int.
-        bounds: Limits by `above`, `at least`, `at most` and `below`.
-
-    Raises:
-        FNGDError: If it is not within the bounds.
-    """
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    passed = {
-        "above": lambda bound: value > bound,
-        "at least": lambda bound: value >= bound,
-        "at most": lambda bound: value <= bound,
-        "below": lambda bound: value < bound,
-    }
-    if not (
-        number
-        and -math.inf < value < math.inf
-        and all(passed[side](bound) for side, bound in bounds.items())
-    ):
-        kind = "a whole number" if whole else "a finite number"
-        wanted = " and ".join(f"{side} {bound:g}" for side, bound in bounds.items())
-        raise FNGDError(f"{name} must be {' '.join(filter(None, (kind, wanted)))}, not {value!r}")
-
-
-def _nearest(name: object, known: Iterable[str]) -> str:
-    if name in _ELSEWHERE:
-        return f" (it has a place of its own: --{_ELSEWHERE[name]} of the Trainer)"
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

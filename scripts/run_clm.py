@@ -3,7 +3,7 @@ r"""Trains a causal language model, with FNGD or any other optimizer of the Hugg
     python scripts/run_clm.py --train_file train.txt --validation_file validation.txt \
         --test_file test.txt --output_dir runs/language --do_train --do_eval --do_predict \
         --eval_strategy epoch --learning_rate 3e-3 \
-        --optim fngd --optim_args "damping=0.1,update_scale=rms"
+        --optim fngd --optim_args "damping=1"
 
     python scripts/run_clm.py settings.json     # the same arguments as JSON
 

@@ -3,7 +3,7 @@ r"""Trains an image classifier, with FNGD or any other optimizer of the Hugging 
     python scripts/run_image_classification.py --train_file train.parquet --validation_rows 2000 \
         --test_file test.parquet --crop_padding 4 --flip true --output_dir runs/first --do_train \
         --do_eval --do_predict --eval_strategy epoch --learning_rate 1e-3 \
-        --optim fngd --optim_args "damping=0.1,update_scale=rms"
+        --optim fngd --optim_args "damping=1"
 
     python scripts/run_image_classification.py settings.json     # the same arguments as JSON
 

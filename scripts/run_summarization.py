@@ -3,7 +3,7 @@ r"""Fine-tunes a summarization model, with FNGD or any other optimizer of the Hu
     python scripts/run_summarization.py --model_name_or_path google-t5/t5-small \
         --source_prefix "summarize: " --train_file train.jsonl --test_file test.jsonl \
         --output_dir runs/summaries --do_train --do_predict --optim fngd \
-        --optim_args "damping=0.1,update_scale=rms" --learning_rate 1e-4
+        --optim_args "damping=1" --learning_rate 1e-4
 
     python scripts/run_summarization.py settings.json     # the same arguments as JSON
 

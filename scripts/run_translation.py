@@ -3,7 +3,7 @@ r"""Fine-tunes a translation model, with FNGD or any other optimizer of the Hugg
     python scripts/run_translation.py --train_file train.jsonl --validation_file validation.jsonl \
         --test_file test.jsonl --source_lang en --target_lang de --output_dir runs/first \
         --do_train --do_eval --do_predict --eval_strategy epoch --learning_rate 3e-3 \
-        --optim fngd --optim_args "damping=0.1,share=sample,update_scale=rms"
+        --optim fngd --optim_args "damping=1,share=sample"
 
     python scripts/run_translation.py settings.json     # the same arguments as JSON
 

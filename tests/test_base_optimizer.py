@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fngd import FNGD, create_fngd_optimizer
 
 N, STEPS, LR = 6, 20, 0.02
+PLAIN = {"update_scale": "none"}
 RULES = {
     "sgd": {"update_rule": "sgd", "momentum": 0.0},
     "momentum": {"update_rule": "sgd", "momentum": 0.9},
@@ -187,7 +188,7 @@ def test_bit_for_bit(name: str, rule: str, dtype: torch.dtype, weight_decay: flo
     model, batch = build().to(dtype), data(dtype)
     twin = copy.deepcopy(model)
     optimizer = create_fngd_optimizer(
-        model, lr=LR, weight_decay=weight_decay, share="layer", **RULES[rule]
+        model, lr=LR, weight_decay=weight_decay, share="layer", **RULES[rule], **PLAIN
     )
     fill_store(optimizer)
     reference = Reference(twin, list(optimizer.selection.chosen), weight_decay, **RULES[rule])
@@ -200,7 +201,7 @@ def test_bit_for_bit_by_sample(name: str) -> None:
     build, data = MODELS[name]
     model, batch = build(), data(torch.float32)
     twin = copy.deepcopy(model)
-    optimizer = create_fngd_optimizer(model, lr=LR, share="sample")
+    optimizer = create_fngd_optimizer(model, lr=LR, share="sample", **PLAIN)
     fill_store(optimizer, range(N))
     reference = Reference(twin, list(optimizer.selection.chosen), update_rule="sgd", momentum=0.9)
     assert_same(run(model, batch, optimizer, list(range(N))), run(twin, batch, reference))
@@ -210,7 +211,7 @@ def test_bit_for_bit_by_token() -> None:
     build, data = MODELS["text"]
     model, batch = build(), data(torch.float32)
     twin = copy.deepcopy(model)
-    optimizer = create_fngd_optimizer(model, lr=LR, share="label", fisher_unit="token")
+    optimizer = create_fngd_optimizer(model, lr=LR, share="label", fisher_unit="token", **PLAIN)
     fill_store(optimizer)
     reference = Reference(twin, list(optimizer.selection.chosen), update_rule="sgd", momentum=0.9)
     for step in range(STEPS):
@@ -260,7 +261,9 @@ def test_large_damping_goes_to_the_base_optimizer(unit: str, name: str) -> None:
     build, data = MODELS[name]
     model, batch = build().double(), data(torch.float64)
     twin = copy.deepcopy(model)
-    optimizer = create_fngd_optimizer(model, lr=LR, share="none", damping=1e30, fisher_unit=unit)
+    optimizer = create_fngd_optimizer(
+        model, lr=LR, share="none", damping=1e30, fisher_unit=unit, **PLAIN
+    )
     reference = Reference(twin, list(optimizer.selection.chosen), update_rule="sgd", momentum=0.9)
     assert_same(run(model, batch, optimizer), run(twin, batch, reference), rtol=1e-10, atol=1e-10)
     assert optimizer.statistics()["gram_seconds"] > 0
@@ -271,7 +274,9 @@ def test_low_precision_parameters_keep_float32_moments(rule: str) -> None:
     build, data = MODELS["pooled"]
     model = build().bfloat16()
     batch = data(torch.bfloat16)
-    optimizer = create_fngd_optimizer(model, lr=LR, weight_decay=0.1, share="layer", **RULES[rule])
+    optimizer = create_fngd_optimizer(
+        model, lr=LR, weight_decay=0.1, share="layer", **RULES[rule], **PLAIN
+    )
     fill_store(optimizer)
     # The reference steps float32 copies by the same gradients and rounds after every step.
     twin = copy.deepcopy(model).float()

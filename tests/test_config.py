@@ -46,13 +46,20 @@ TYPOS = [
 
 def test_defaults_are_the_documented_ones() -> None:
     config = FNGDConfig()
-    assert (config.damping, config.damping_mode, config.share) == (0.1, "relative", "sample")
-    assert (config.fisher_unit, config.update_rule, config.update_scale) == (
-        "sample",
-        "sgd",
-        "none",
-    )
+    assert (config.damping, config.damping_mode, config.share) == (1.0, "relative", "sample")
+    assert (config.fisher_unit, config.update_rule) == ("sample", "sgd")
     assert FNGDConfig(**config.to_dict()) == config
+
+
+def test_updates_have_the_size_of_adamws_where_the_rule_has_none_of_its_own() -> None:
+    found = {rule: FNGDConfig(update_rule=rule).update_scale for rule in ("sgd", "adamw", "muon")}
+    assert found == {"sgd": "rms", "adamw": "none", "muon": "none"}
+    assert FNGDConfig(update_scale="none").update_scale == "none"
+    assert FNGDConfig(update_rule="muon", update_scale="rms").update_scale == "rms"
+    assert FNGDConfig.from_strings({"update_scale": "auto"}).update_scale == "rms"
+    assert FNGDConfig.from_strings({"update_scale": "auto"}, update_rule="muon").update_scale == (
+        "none"
+    )
 
 
 @pytest.mark.parametrize("item", dataclasses.fields(FNGDConfig), ids=lambda item: item.name)

@@ -36,13 +36,14 @@ def first_epoch(factor=1.0, row_factor=1.0, **options):
 @pytest.mark.feature(
     "Loss spikes",
     "works",
-    "a batch of N has ‖γ‖² ≤ N; a spiked sample gets a small γ; `gamma_max` bounds each",
+    "a batch of N has ‖γ‖² ≤ N and a spiked sample a small γ, but with `leave_one_out`; "
+    "`gamma_max` bounds each",
 )
 @pytest.mark.parametrize("mode", ["relative", "absolute"])
 @pytest.mark.parametrize("factor", [1e4, 1e8, 1e15])
 def test_spike_of_one_sample(factor, mode):
-    plain = first_epoch(damping_mode=mode)
-    spiked = first_epoch(row_factor=factor, damping_mode=mode)
+    plain = first_epoch(damping_mode=mode, damping=0.1)
+    spiked = first_epoch(row_factor=factor, damping_mode=mode, damping=0.1)
     others = [row for row in range(ROWS) if row // BATCH != SPIKED]
     assert torch.equal(spiked[others], plain[others])
     batch = spiked[SPIKED * BATCH :][:BATCH]
@@ -57,11 +58,13 @@ def test_spike_of_a_whole_batch_changes_nothing(factor):
     torch.testing.assert_close(first_epoch(factor=factor), first_epoch(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("scale", ["free", "one"])
-def test_bound_holds_for_every_coefficient(scale):
-    found = first_epoch(row_factor=1e8, damping=0.01, gamma_scale=scale, gamma_max=1.5)
+def test_bound_holds_for_every_coefficient(scale, leave_one_out):
+    options = {"damping": 0.01, "gamma_scale": scale, "leave_one_out": leave_one_out}
+    found = first_epoch(row_factor=1e8, gamma_max=1.5, **options)
     assert found.min() >= 0 and found.max() <= 1.5
-    free = first_epoch(row_factor=1e8, damping=0.01, gamma_scale=scale)
+    free = first_epoch(row_factor=1e8, **options)
     assert free.max() > 1.5 or free.min() < 0, "the bound has something to do"
 
 

@@ -90,6 +90,7 @@ def displacement(
             "damping_mode": "absolute",
             "share": "none",
             "update_rule": "sgd",
+            "update_scale": "none",
             "momentum": 0.0,
         }
         | settings,

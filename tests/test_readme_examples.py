@@ -120,7 +120,8 @@ def test_what_is_said_of_damping_and_learning_rate_is_so():
         (row,) = re.findall(r"^\| fngd +\| ([\d.]+) .*?damping=([\d.]+)", text, re.M)
         found.append([round(float(value), 1) for value in row])
     (rates, dampings) = zip(*found, strict=True)
-    assert f"found at {rates[0]} (ResNet) and\n   {rates[1]} (Transformer)" in README
+    said = f"found at {rates[0]} (ResNet) and {rates[1]} (Transformer)"
+    assert said in " ".join(README.split())
     assert f"the best had {dampings[0]} and {dampings[1]}" in README
     trials = (RESULTS / "compare_cifar10" / "search.md").read_text(encoding="utf-8")
     (trials,) = re.findall(r"## fngd\n(.*?)##", trials, re.DOTALL)

@@ -184,7 +184,9 @@ def test_refresh_every(share: str, model: nn.Module, inputs: Tensor, classes: Te
 @pytest.mark.parametrize("share", ["sample", "layer", "none"])
 def test_collect_from(share: str, model: nn.Module, inputs: Tensor, classes: Tensor) -> None:
     plain = copy.deepcopy(model)
-    optimizer = create_fngd_optimizer(model, lr=0.1, share=share, damping=DAMPING, collect_from=2)
+    optimizer = create_fngd_optimizer(
+        model, lr=0.1, share=share, damping=DAMPING, collect_from=2, update_scale="none"
+    )
     reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(2):
         optimizer.start_epoch(epoch)

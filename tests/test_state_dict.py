@@ -185,7 +185,7 @@ def test_a_loaded_state_is_a_copy() -> None:
         ({"share": "layer"}, {"share": "sample"}, ["share=layer", "share=sample"]),
         ({"share": "none"}, {"share": "position"}, ["share=none", "share=position"]),
         ({"update_rule": "adamw"}, {"update_rule": "muon"}, ["update_rule=adamw", "=muon"]),
-        ({}, {"update_scale": "rms"}, ["update_scale=none", "update_scale=rms"]),
+        ({"update_scale": "none"}, {}, ["update_scale=none", "update_scale=rms"]),
         ({}, {"store_dtype": "float16"}, ["store_dtype=float32", "store_dtype=float16"]),
         ({}, {"refresh_every": 3}, ["refresh_every=0", "refresh_every=3"]),
         ({"seed": 1}, {"seed": 2}, ["seed=1", "seed=2"]),

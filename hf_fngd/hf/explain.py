@@ -106,10 +106,10 @@ def suggestion(options: argparse.Namespace, layers: int) -> str:
     values: dict[str, Any] = {"damping": METHODS[options.method].config_class().damping}
     advice = "Its learning rate and damping are its own: search both."
     if options.method == "fngd":
-        values |= {"share": "sample", "update_scale": "rms", "num_samples": options.rows}
+        values |= {"share": "sample", "num_samples": options.rows}
         if _store_bytes(options.rows, layers, "float32") > _BIG_STORE:
             values["store_dtype"] = "float16"
-        advice = "With update_scale=rms start from AdamW's learning rate; then search damping."
+        advice = "Start from AdamW's learning rate; then search damping."
     if options.target_modules:
         values["target_modules"] = options.target_modules
     words = ",".join(f"{name}={value}" for name, value in values.items())

@@ -57,7 +57,8 @@ VARIANTS: dict[str, Variant] = {
     "adamw": Variant(),
     "muon": Variant({"method": "plain", "update_rule": "muon"}),
     "fngd": Variant(
-        {"method": "fngd"}, {"later epochs": {"reuse": 1.0}, "first epoch": {"collect": 1.0}}
+        {"method": "fngd", "update_scale": "none"},
+        {"later epochs": {"reuse": 1.0}, "first epoch": {"collect": 1.0}},
     ),
     "kfac": Variant({"method": "kfac", "kfac_solver": "inverse"}, _KFAC),
     "kfac reduce": Variant(

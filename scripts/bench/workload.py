@@ -92,7 +92,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]] | None] = {
         "collect",
         {"update_rule": "adamw", "gram_outputs": 64},
     ),
-    "fngd later epochs": ("reuse", {"update_rule": "sgd"}),
+    "fngd later epochs": ("reuse", {"update_rule": "sgd", "update_scale": "none"}),
     "fngd later epochs, update_scale=rms": ("reuse", _RMS),
     "fngd first epoch, update_scale=rms": ("collect", _RMS),
 }
