@@ -56,6 +56,13 @@ class FNGDConfig(OptimizerConfig):
         at_least=1,
         resumed=True,
     )
+    collect_every: int = setting(
+        1,
+        "In such an epoch every so many optimizer steps compute coefficients, from its first on; "
+        "the others take the mean of those. With share=label, position or layer.",
+        at_least=1,
+        resumed=True,
+    )
     leave_one_out: bool = setting(
         False,
         "Whether each sample's gradient meets the Fisher of the other samples of its batch alone, "
@@ -159,6 +166,11 @@ class FNGDConfig(OptimizerConfig):
                     f"{name} goes with fisher_unit=sample; with fisher_unit=token set "
                     "gram_route=nystrom and num_landmarks for a cheaper Gram matrix"
                 )
+        if self.collect_every > 1 and self.share in ("sample", "none"):
+            raise FNGDError(
+                f"collect_every={self.collect_every} does not go with share={self.share}, where "
+                "no batch has coefficients from others: set share=layer, label or position"
+            )
         if self.fisher_unit == "token" and self.share not in ("none", "label"):
             raise FNGDError(
                 f"share={self.share} does not go with fisher_unit=token: "

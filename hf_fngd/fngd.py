@@ -55,8 +55,8 @@ class FNGDState(BatchTracker[Batch]):
         super().__init__(names, "FNGD")
         self.config = config
         self.statistics = Statistics()
-        self._enter(0)
         self.steps = 0
+        self._enter(0)
         self._unwritten: list[Batch] = []
         self.store: SampleStore | MeanStore | None = self._new_store()
 
@@ -70,16 +70,21 @@ class FNGDState(BatchTracker[Batch]):
         return MeanStore(len(self.names))
 
     def _enter(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch, self._entered = epoch, self.steps
         # Whether it lies before the first epoch that computes coefficients.
         self.waiting = epoch < self.config.collect_from
 
     @property
     def collecting(self) -> bool:
-        """Whether this epoch computes coefficients for all of its batches."""
+        """Whether this epoch computes coefficients."""
         if self.waiting:
             return False
         return self.store is None or self._round < self.config.collect_epochs
+
+    @property
+    def _computing(self) -> bool:
+        """Whether the present step does."""
+        return self.collecting and (self.steps - self._entered) % self.config.collect_every == 0
 
     @property
     def _round(self) -> int:
@@ -156,7 +161,7 @@ class FNGDState(BatchTracker[Batch]):
         if self.waiting:
             self.batch = None
             return
-        batch = Batch(size, labels, self.collecting, packed)
+        batch = Batch(size, labels, self._computing, packed)
         self.announce(batch)
         if isinstance(self.store, SampleStore):
             ids = _whole_numbers(sample_ids)
@@ -190,7 +195,7 @@ class FNGDState(BatchTracker[Batch]):
     def _open(self) -> Batch:
         if self.config.share in ("sample", "label"):
             self.set_batch(None, None)
-        return Batch(None, None, self.collecting)
+        return Batch(None, None, self._computing)
 
     def end_step(self) -> None:
         """Closes an optimizer step: the next forward pass must announce its batch."""
@@ -225,6 +230,7 @@ class FNGDState(BatchTracker[Batch]):
         return {
             "epoch": self.epoch,
             "steps": self.steps,
+            "entered": self._entered,
             "store": None if self.store is None else self.store.state_dict(),
         }
 
@@ -238,7 +244,7 @@ class FNGDState(BatchTracker[Batch]):
         if self.store is not None:
             self.store.load_state_dict(saved["store"])
         self._enter(saved["epoch"])
-        self.steps = saved["steps"]
+        self.steps, self._entered = saved["steps"], saved["entered"]
 
 
 def _whole_numbers(ids: Any) -> list[int]:

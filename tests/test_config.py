@@ -30,6 +30,7 @@ REFUSED = {
     "gram_memory_mb": [0, -1, 0.5, None],
     "gram_outputs": [0, -1, 0.5],
     "gram_inputs": [0, -1, 0.5],
+    "collect_every": [0, -1, 0.5],
     "other_lr": [-1e-3, NAN, INF],
     "num_samples": [0, -1, 10.5],
     "store_dir": ["", 3, True],
@@ -126,6 +127,8 @@ def test_allowed(values: dict[str, Any]) -> None:
             {"fisher_unit": "token", "share": "none", "gram_outputs": 8},
             ["gram_outputs", "fisher_unit=sample", "nystrom"],
         ),
+        ({"collect_every": 2}, ["collect_every=2", "share=sample", "layer"]),
+        ({"collect_every": 2, "share": "none"}, ["collect_every=2", "share=none", "layer"]),
         ({"gram_route": "nystrom"}, ["gram_route=nystrom", "fisher_unit=sample", "direct"]),
         ({"gram_route": "exact"}, ["gram_route=exact", "hadamard"]),
         (

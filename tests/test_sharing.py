@@ -247,6 +247,32 @@ def test_mean_over_collected_epochs(
                 check(model, inputs[rows], found, mean)
 
 
+@pytest.mark.parametrize("share", ["label", "layer"])
+def test_some_steps_of_an_epoch_are_enough(
+    share: str, model: nn.Module, inputs: Tensor, classes: Tensor
+) -> None:
+    options = {"collect_every": 3, "refresh_every": 2, "update_scale": "none"}
+    optimizer = create_fngd_optimizer(model, lr=0.1, share=share, damping=DAMPING, **options)
+    batches = [FIRST_EPOCH[i % len(FIRST_EPOCH)] for i in range(5)]
+    for epoch in range(4):
+        optimizer.start_epoch(epoch)
+        if epoch % 2 == 0:
+            collected: dict[tuple[str, int], list[float]] = {}
+        for step, (rows, found) in enumerate(train(optimizer, model, inputs, classes, batches)):
+            gamma = gammas(model, inputs[rows])
+            if epoch % 2 == 0 and step % 3 == 0:
+                for path, values in gamma.items():
+                    for place, value in enumerate(values.tolist()):
+                        collected.setdefault((path, key_of(share, rows, place)), []).append(value)
+            else:
+                for path in gamma:
+                    seen = [v for (p, _), vs in collected.items() if p == path for v in vs]
+                    keys = [key_of(share, rows, place) for place in range(len(rows))]
+                    known = [collected.get((path, key), seen) for key in keys]
+                    gamma[path] = torch.tensor([sum(v) / len(v) for v in known]).double()
+            check(model, inputs[rows], found, gamma)
+
+
 def test_each_epoch_counts_once_in_the_mean(model: nn.Module, inputs: Tensor) -> None:
     """However often what a batch found is written: with accumulation, and with a checkpoint."""
     optimizer = create_fngd_optimizer(model, lr=0.1, damping=DAMPING, collect_epochs=2)

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refresh samples": {"share": "sample", "refresh_every": 2},
     "collected later": {"collect_from": 1, "collect_epochs": 2, "gamma_scale": "one"},
     "mean of two epochs": {"collect_epochs": 2, "gamma_power": 0.5},
+    "every other step": {"share": "layer", "collect_every": 2, "refresh_every": 1},
     "float16": {"store_dtype": "float16"},
     "estimated": {"gram_outputs": 2, "gram_inputs": 2, "share": "none", "leave_one_out": True},
     "token exact": {"fisher_unit": "token", "share": "label", "gram_route": "exact"},
