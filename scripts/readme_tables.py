@@ -44,16 +44,26 @@ CONFIGS = {
 }
 
 
-COMPARISONS = {
-    "compare_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
-    "compare_multi30k": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, 5 epochs",
-}
-STUDIES = {
-    "quality_finetune": "Fine-tuning a Marian of width 128 (trained on Tatoeba) on 2,000 pairs of "
-    "Multi30K en-de, 5 epochs",
-}
-ABLATIONS = {
-    "ablation_finetune": "The same fine-tuning, at the settings that were found for `sgd_rms`",
+# Mark in README, and titles of the reports shown there. Those of `comparison` were timed.
+REPORTS = {
+    "comparison": {
+        "compare_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
+        "compare_multi30k": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, "
+        "5 epochs",
+    },
+    "quality": {
+        "quality_finetune": "Fine-tuning a Marian of width 128 (trained on Tatoeba) on 2,000 pairs "
+        "of Multi30K en-de, 5 epochs",
+    },
+    "ablation": {
+        "ablation_finetune": "The same fine-tuning, at the settings that were found for `sgd_rms`",
+    },
+    "leave_one_out": {
+        "quality_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 3 epochs",
+        "ablation_cifar10": "The same training, one setting for all but the learning rate of `rms`",
+        "ablation_scratch": "Multi30K en-de from scratch, 3,000 pairs, 188 steps, at settings that "
+        "were found for `sgd_rms` and Muon",
+    },
 }
 
 
@@ -74,34 +84,16 @@ def settings() -> str:
     return "\n".join(lines)
 
 
-def comparison() -> str:
-    """Makes short tables of the tuned comparisons from their reports.
+def reports(titles: Mapping[str, str], timed: bool) -> str:
+    """Makes short tables of comparisons from their reports.
+
+    Args:
+        titles: Folder of each under the results, and what it is.
+        timed: Whether seconds are shown.
 
     Returns:
         Markdown.
     """
-    return _reports(COMPARISONS, timed=True)
-
-
-def quality() -> str:
-    """Makes short tables of the studies of quality from their reports.
-
-    Returns:
-        Markdown.
-    """
-    return _reports(STUDIES, timed=False)
-
-
-def ablation() -> str:
-    """Makes short tables of runs at equal settings from their reports.
-
-    Returns:
-        Markdown.
-    """
-    return _reports(ABLATIONS, timed=False)
-
-
-def _reports(titles: Mapping[str, str], timed: bool) -> str:
     parts = []
     for name, title in titles.items():
         folder = RESULTS / name
@@ -179,6 +171,7 @@ def fill(text: str) -> str:
     Returns:
         The text with present tables.
     """
+    tables = {}
     for make in (
         settings,
         costs,
@@ -189,13 +182,13 @@ def fill(text: str) -> str:
         estimates,
         growth,
         methods,
-        comparison,
-        quality,
-        ablation,
         sharing,
         support,
     ):
-        name, table = make.__name__, make()
+        tables[make.__name__] = make()
+    for name, titles in REPORTS.items():
+        tables[name] = reports(titles, timed=name == "comparison")
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         block = f"{begin}\n{table}\n{end}"

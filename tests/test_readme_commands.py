@@ -60,6 +60,9 @@ NET = {"d_model": 16, "ffn_dim": 16, "layers": 1}
 LENGTHS = {"max_source_length": 16, "max_target_length": 16, "num_beams": 1}
 HEADS = {"attention_heads": 2}
 BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "output": "b.json"}
+# Folders of results, of which the commands with these plans make the report alone.
+PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune",
+         "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
@@ -163,7 +166,7 @@ def world(tmp_path_factory):
             part.save_pretrained(folder / "runs/tatoeba-marian-small")
     for name in ("FOLDER", "runs/demo", "runs/demo-adamw"):
         shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
-    for plan in ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune"):
+    for plan in PLANS:
         copy = f"compare_{plan.removeprefix('compare_')}"
         shutil.copytree(SCRIPTS / "bench/results" / plan, folder / "runs" / copy)
     return folder
@@ -251,8 +254,7 @@ LEFT = {
     "hf_fngd compare": ["compare.png"],
     "plans/cifar10.json": ["runs/compare_cifar10/table.md", "runs/compare_cifar10/curves.png"],
     "plans/multi30k.json": ["runs/compare_multi30k/table.md"],
-    "plans/quality_finetune.json": ["runs/compare_quality_finetune/table.md"],
-    "plans/ablation_finetune.json": ["runs/compare_ablation_finetune/table.md"],
+    **{f"plans/{name}.json": [f"runs/compare_{name}/table.md"] for name in PLANS[2:]},
     "update_rules": ["b.json"],
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],

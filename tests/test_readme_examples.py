@@ -105,7 +105,7 @@ def test_every_example_runs_and_does_what_it_says(code, tmp_path, monkeypatch):
 
 
 def test_caption_of_the_first_picture_is_so():
-    assert "FNGD (red) comes last here, and Muon\n(green) first" in README
+    assert "(red) comes last here, and Muon\n(green) first" in README
     means = {}
     for folder in (RESULTS / "compare_cifar10" / "runs").iterdir():
         found = [json.loads(path.read_text())["test"] for path in folder.glob("final-*.json")]
