@@ -170,6 +170,21 @@ def estimates() -> str:
     return "\n".join(lines)
 
 
+def convolutions() -> str:
+    """Makes the table of what Gram matrices of convolutions take, exact and estimated.
+
+    Returns:
+        Markdown.
+    """
+    report = json.loads((RESULTS / "conv_estimates.json").read_text())
+    names = [name for name in next(iter(report["results"].values())) if name != "layer"]
+    lines = ["| | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    for layer, rows in report["results"].items():
+        ratios = " | ".join(f"{rows[name]['median_ratio']:.2f}" for name in names)
+        lines.append(f"| {layer} | {ratios} |")
+    return "\n".join(lines)
+
+
 def growth() -> str:
     """Makes the table of exponents of step time.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from readme_costs import (
     RESULTS,
     checkpointing,
+    convolutions,
     costs,
     estimates,
     growth,
@@ -180,6 +181,7 @@ def fill(text: str) -> str:
         store,
         rules,
         estimates,
+        convolutions,
         growth,
         methods,
         sharing,

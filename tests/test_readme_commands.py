@@ -85,6 +85,8 @@ SHRINK = {
     "checkpointing": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
     "coefficient_noise": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
                           "output": "b.json"},
+    "conv_estimates": {"samples": 2, "width": 3, "stages": 1, "side": 4, "threads": 1,
+                       "repeats": 2, "warmup": 1, "output": "b.json"},
     "gram_routes": {"samples": 3, "positions": 4, "d_in": 5, "d_out": 6, "threads": 1,
                     "repeats": 2, "output": "b.json"},
 }  # fmt: skip
@@ -258,6 +260,7 @@ LEFT = {
     "update_rules": ["b.json"],
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],
+    "conv_estimates": ["b.json"],
     "write_card.py FOLDER": ["FOLDER/README.md"],
     "write_card.py runs": ["runs/demo/README.md", "runs/demo-adamw/README.md"],
 }

@@ -107,7 +107,7 @@ def test_other_data_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("share=sample,damping=0.5", "damping=0.1, this run has damping=0.5"),
+        ("share=sample,damping=0.5", "damping=1.0, this run has damping=0.5"),
         ("share=layer", "share=sample, this run has share=layer"),
         ("share=sample,target_modules=fc1|fc2", "other selected layers"),
     ],

@@ -1,0 +1,100 @@
+"""Time of a convolution's Gram matrix, exact and estimated, against its forward and backward.
+
+    python scripts/bench/conv_estimates.py --output scripts/bench/results/conv_estimates.json
+
+The convolutions of ResNet-18's four stages on 32 x 32 images. Numbers of an estimate: gram_inputs
+and gram_outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import step_time
+import torch
+from step_time import interleave, summarise
+from torch import nn
+from transformers import HfArgumentParser
+from workload import write_results
+
+from hf_fngd.calls import gather_calls
+from hf_fngd.gram import sample_gram
+from hf_fngd.image_layers import Conv2dAdapter
+
+# Input channels, output features.
+ESTIMATES = ((None, 64), (16, 64), (8, 32))
+
+
+@dataclass
+class Shapes:
+    """The stages and the batch."""
+
+    samples: int = field(default=128, metadata={"help": "N."})
+    width: int = field(default=64, metadata={"help": "Channels of the first stage."})
+    stages: int = field(default=4, metadata={"help": "Each has twice the channels, half the side."})
+    side: int = field(default=32, metadata={"help": "Of the first stage's images."})
+    threads: int = field(default=2, metadata={"help": "Threads of torch."})
+
+
+@dataclass
+class Options(step_time.Options):
+    """How often, and where to."""
+
+    repeats: int = field(default=7, metadata={"help": "Timed rounds."})
+
+
+def candidates(shapes: Shapes, stage: int) -> dict[str, Callable[[], object]]:
+    """Builds what is compared for one layer.
+
+    Args:
+        shapes: Sizes.
+        stage: From 0.
+
+    Returns:
+        Functions by name; `layer` is the unit.
+    """
+    channels, side = shapes.width * 2**stage, shapes.side // 2**stage
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    adapter = Conv2dAdapter(layer)
+    x = torch.randn(shapes.samples, channels, side, side)
+    g = torch.randn_like(x)
+
+    def train() -> None:
+        x.requires_grad_()
+        layer(x).backward(g)
+        x.grad = layer.weight.grad = None
+
+    def form(inputs: int | None, outputs: int | None) -> None:
+        with torch.no_grad():
+            some = [
+                None if n is None or n >= channels else torch.randperm(channels)[:n]
+                for n in (inputs, outputs)
+            ]
+            calls = [(x, g, layer.weight)]
+            sample_gram(*gather_calls(adapter, calls, inputs=some[0]), bias=False, outputs=some[1])
+
+    return {
+        "layer": train,
+        "exact": lambda: form(None, None),
+        **{f"{'all' if i is None else i} x {o}": lambda i=i, o=o: form(i, o) for i, o in ESTIMATES},
+    }
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = HfArgumentParser([Shapes, Options], description=__doc__)
+    shapes, options = parser.parse_args_into_dataclasses()
+    torch.set_num_threads(shapes.threads)
+    table = {}
+    for stage in range(shapes.stages):
+        name = f"{shapes.width * 2**stage} channels, {shapes.side // 2**stage} x "
+        name += str(shapes.side // 2**stage)
+        table[name] = summarise(interleave(candidates(shapes, stage), options))
+        for variant, row in table[name].items():
+            print(f"{name:<24}{variant:<12}{row['median_ratio']:>8.2f}")
+    write_results(options.output, shapes, table)
+
+
+if __name__ == "__main__":
+    main()
