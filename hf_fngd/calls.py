@@ -48,21 +48,25 @@ def gather_calls(
         adapter: Adapter of the layer's type.
         calls: Input, output gradient and weight of every call.
         lengths: Positions of each sample, where a call's one row holds them all.
-        inputs: Input features to keep, as in `pick_inputs`; default: all.
+        inputs: Numbers of the input features to keep, as in `pick_inputs`, scaled so that inner
+            products stay the same in the mean over draws; default: all.
 
     Returns:
         `a` as `[G, N, T, d_in]` and `g` as `[G, N, T, d_out]`, positions of all calls in a row.
     """
-    parts = [
-        adapter.canonical(x if inputs is None else adapter.pick_inputs(x, inputs), g)
-        for x, g, _ in calls
-    ]
+    parts = [adapter.canonical(_some_inputs(adapter, x, inputs), g) for x, g, _ in calls]
     if lengths is not None:
         parts = [(unpack(a, lengths), unpack(g, lengths)) for a, g in parts]
     a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
     if a.dtype in (torch.float16, torch.bfloat16):
         a = a.float()
     return a, g.to(a.dtype)
+
+
+def _some_inputs(adapter: LinearAdapter, x: Tensor, inputs: Tensor | None) -> Tensor:
+    if inputs is None:
+        return x
+    return adapter.pick_inputs(x, inputs) * (adapter.input_features(x) / len(inputs)) ** 0.5
 
 
 def sum_gradients(

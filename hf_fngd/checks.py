@@ -1,4 +1,4 @@
-"""Checks of single values that users give."""
+"""Checks of values that users give."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from hf_fngd.errors import FNGDError
 
@@ -59,3 +62,24 @@ def nearest(name: object, known: Iterable[str]) -> str:
         return f" (it has a place of its own: --{_ELSEWHERE[name]} of the Trainer)"
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def whole_numbers(ids: Any) -> list[int]:
+    """Reads sample ids.
+
+    Args:
+        ids: What the user gave.
+
+    Returns:
+        The ids.
+
+    Raises:
+        FNGDError: If they are no whole numbers of 64 bits.
+    """
+    try:
+        return torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FNGDError(
+            f"sample_ids must be whole numbers of 64 bits, one for each sample ({error}): give the "
+            "data set rows of the batch"
+        ) from None

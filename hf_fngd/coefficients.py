@@ -171,12 +171,13 @@ def solve_nystrom(
     else:
         return Solution(ones, finite=False, fallback=True)
     b = torch.linalg.solve_triangular(factor, scaled.t(), upper=False).t()
-    weights, right = ones, b.sum(0)
+    weights = ones
     if leave_one_out:
-        hat, _ = _solve_shifted(b.t() @ b, b.t().contiguous())
+        hat, info = _solve_shifted(b.t() @ b, b.t().contiguous())
         weights = 1 / (1 - (b * hat.t()).sum(1)).clamp(min=_LEAST_LEFT * precision.eps)
-        right = b.t() @ weights
-    small, info = _solve_shifted(b.t() @ b, right)
+        small = hat @ weights
+    else:
+        small, info = _solve_shifted(b.t() @ b, b.sum(0))
     gamma = weights - b @ small
     finite = bool((info == 0) & gamma.isfinite().all())
     return Solution(gamma if finite else ones, finite, fallback=attempt > 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_fngd.batches import BatchTracker, SizedPass
+from hf_fngd.checks import whole_numbers
 from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.mean_store import MeanStore
@@ -164,7 +165,7 @@ class FNGDState(BatchTracker[Batch]):
         batch = Batch(size, labels, self._computing, packed)
         self.announce(batch)
         if isinstance(self.store, SampleStore):
-            ids = _whole_numbers(sample_ids)
+            ids = whole_numbers(sample_ids)
             batch.rows = self.store.locate(ids, create=False)
             known = self.store.count_known(batch.rows)
             if not self.collecting:
@@ -245,13 +246,3 @@ class FNGDState(BatchTracker[Batch]):
             self.store.load_state_dict(saved["store"])
         self._enter(saved["epoch"])
         self.steps, self._entered = saved["steps"], saved["entered"]
-
-
-def _whole_numbers(ids: Any) -> list[int]:
-    try:
-        return torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().tolist()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FNGDError(
-            f"sample_ids must be whole numbers of 64 bits, one for each sample ({error}): give the "
-            "data set rows of the batch"
-        ) from None

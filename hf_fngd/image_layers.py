@@ -73,8 +73,7 @@ class Conv2dAdapter(LinearAdapter):
         return x.shape[1] // self.groups
 
     def pick_inputs(self, x: Tensor, chosen: Tensor) -> Tensor:  # noqa: D102
-        groups = x.view(len(x), self.groups, -1, *x.shape[2:])[:, :, chosen]
-        return groups.flatten(1, 2) * (self.input_features(x) / len(chosen)) ** 0.5
+        return x.view(len(x), self.groups, -1, *x.shape[2:])[:, :, chosen].flatten(1, 2)
 
     def canonical(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         patches = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)

@@ -42,40 +42,33 @@ class Draws(NamedTuple):
         generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.randperm(count, generator=generator)[:wanted].to(device)
 
+    def features(
+        self, count: int, wanted: int | None, device: torch.device, stream: int = 0
+    ) -> Tensor | None:
+        """Draws the features that a Gram matrix is estimated from.
 
-def draw_inputs(
-    config: FNGDConfig, features: int, draws: Draws, device: torch.device
-) -> Tensor | None:
-    """Draws the input features that a layer's Gram matrix is estimated from.
+        Args:
+            count: How many there are (in every group of channels).
+            wanted: How many to draw; None for all.
+            device: Where the result lies.
+            stream: As in `some_of`.
 
-    Args:
-        config: Settings.
-        features: How many there are (in every group of channels).
-        draws: Source of random numbers.
-        device: Where the result lies.
-
-    Returns:
-        Their numbers; None for all of them.
-    """
-    if config.gram_inputs is None or config.gram_inputs >= features:
-        return None
-    return draws.some_of(features, config.gram_inputs, device, stream=1)
+        Returns:
+            Their numbers; None where all of them are wanted.
+        """
+        if wanted is None or wanted >= count:
+            return None
+        return self.some_of(count, wanted, device, stream)
 
 
 def solve_samples(
-    config: FNGDConfig,
-    a: Tensor,
-    g: Tensor,
-    *,
-    bias: bool,
-    kappa: float,
-    draws: Draws,
+    config: FNGDConfig, a: Tensor, g: Tensor, *, bias: bool, kappa: float, draws: Draws
 ) -> tuple[Solution, Tensor | None]:
     """Gives γ of each sample (fisher_unit=sample).
 
     Args:
         config: Settings.
-        a: Layer inputs `[G, N, T, d_in]`, or what `draw_inputs` left of them.
+        a: Layer inputs `[G, N, T, d_in]`, or those drawn for `gram_inputs`.
         g: Output gradients `[G, N, T, d_out]`, of the same dtype.
         bias: Whether the bias is part of the block.
         kappa: As in `coefficients.damping_ratio`.
@@ -84,9 +77,7 @@ def solve_samples(
     Returns:
         γ as `[N]`, and the per-sample gradients if all of them were materialised.
     """
-    features, outputs = g.shape[-1], None
-    if config.gram_outputs is not None and config.gram_outputs < features:
-        outputs = draws.some_of(features, config.gram_outputs, g.device)
+    outputs = draws.features(g.shape[-1], config.gram_outputs, g.device)
     matrix, per_sample = gram.sample_gram(
         a,
         g,

@@ -128,7 +128,7 @@ class LinearAdapter:
         return x.shape[self.feature_dim]
 
     def pick_inputs(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Keeps some input features, scaled so that inner products stay the same in the mean.
+        """Keeps some input features.
 
         Args:
             x: Layer input.
@@ -137,7 +137,7 @@ class LinearAdapter:
         Returns:
             Input of `canonical` with these features alone.
         """
-        return x[..., chosen] * (x.shape[-1] / len(chosen)) ** 0.5
+        return x[..., chosen]
 
     def to_canonical(self, gradient: Tensor) -> Tensor:
         """Brings a weight gradient into the canonical layout.

@@ -14,7 +14,7 @@ from hf_fngd.calls import Call, gather_calls, sum_gradients
 from hf_fngd.capture import backward_pass
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import Batch, FNGDState
-from hf_fngd.layer_solver import Draws, draw_inputs, solve_samples, solve_tokens
+from hf_fngd.layer_solver import Draws, solve_samples, solve_tokens
 from hf_fngd.layers import LinearAdapter
 from hf_fngd.mean_store import MeanStore
 from hf_fngd.packing import check_row, spread
@@ -191,7 +191,8 @@ class LayerState(TrackedLayer[FNGDState]):
             check_row(self.name, self.adapter.positions(given), batch.lengths)
         draws = Draws(config.seed, state.steps, self.number)
         x = calls[0][0]
-        inputs = draw_inputs(config, self.adapter.input_features(x), draws, x.device)
+        features = self.adapter.input_features(x)
+        inputs = draws.features(features, config.gram_inputs, x.device, stream=1)
         a, g = gather_calls(self.adapter, calls, batch.lengths, inputs)
         _, n, t, _ = a.shape
         kappa = n * state.accumulation

@@ -147,16 +147,22 @@ def test_what_is_said_of_old_coefficients_is_so():
         assert nearer > 0.02 if row["damping"] == 0.1 else abs(nearer) < 0.025, row
 
 
+def scores(plan, label, name):
+    """One value of every final run of a label; `objective` or a score on the test set."""
+    folder = ROOT / "scripts" / "bench" / "results" / plan / "runs" / label
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("final-*.json"))]
+    return [run[name] if name in run else run["test"][name] for run in found]
+
+
 def test_what_is_said_of_fine_tuning_is_so():
     assert "cost 0.8 on the second" in README and "standard deviation of each other" in README
     runs = ROOT / "scripts" / "bench" / "results" / "quality_finetune" / "runs"
     first, second, loss = {}, {}, {}
     for label in ("adamw", "muon", "sgd", "sgd_rms", "fngd_rms", "fngd_rms_fresh"):
-        found = [json.loads(path.read_text()) for path in (runs / label).glob("final-*.json")]
-        assert len(found) == 3 and len(list((runs / label).glob("search-*.json"))) == 12
-        first[label] = [run["test"]["bleu"] for run in found]
-        second[label] = mean(run["test"]["bleu_test_2017_flickr"] for run in found)
-        loss[label] = [run["objective"] for run in found]
+        first[label] = scores("quality_finetune", label, "bleu")
+        assert len(first[label]) == 3 and len(list((runs / label).glob("search-*.json"))) == 12
+        second[label] = mean(scores("quality_finetune", label, "bleu_test_2017_flickr"))
+        loss[label] = scores("quality_finetune", label, "objective")
     means = {label: mean(values) for label, values in first.items()}
     spread = min(stdev(values) for label, values in first.items() if "fngd" not in label)
     for label in ("muon", "sgd", "sgd_rms", "fngd_rms"):
@@ -170,32 +176,26 @@ def test_what_is_said_of_fine_tuning_is_so():
 
 def test_what_is_said_of_equal_settings_is_so():
     assert "gain 0.6 to 1.0 BLEU" in README and "gain\n  0.8 BLEU on one of two" in README
-    runs = ROOT / "scripts" / "bench" / "results" / "ablation_finetune" / "runs"
+    labels = ("rms", "rms_fresh_0.1", "rms_sample_0.1")
     plain, fresh, kept = (
-        [json.loads((runs / label / f"final-seed{seed}.json").read_text()) for seed in (1, 2, 3)]
-        for label in ("rms", "rms_fresh_0.1", "rms_sample_0.1")
+        {
+            name: scores("ablation_finetune", label, name)
+            for name in ("bleu", "bleu_test_2017_flickr", "objective")
+        }
+        for label in labels
     )
+    assert all(len(found["bleu"]) == 3 for found in (plain, fresh, kept))
     gain = {
-        name: [b["test"][name] - a["test"][name] for a, b in zip(plain, fresh, strict=True)]
+        name: [b - a for a, b in zip(plain[name], fresh[name], strict=True)]
         for name in ("bleu", "bleu_test_2017_flickr")
     }
     assert [round(edge(gain["bleu"]), 1) for edge in (min, max)] == [0.6, 1.0]
     assert round(mean(gain["bleu"]), 1) == 0.8
     assert round(mean(gain["bleu_test_2017_flickr"]), 1) == 0.1
-    means = {
-        name: mean(run["test"][name] for run in kept) - mean(run["test"][name] for run in plain)
-        for name in gain
-    }
+    means = {name: mean(kept[name]) - mean(plain[name]) for name in gain}
     assert "gain 0.5 on the first\n  and lose 0.4" in README
     assert [round(change, 1) for change in means.values()] == [0.5, -0.4]
-    assert min(run["objective"] for run in fresh) > max(run["objective"] for run in plain)
-
-
-def scores(plan, label, name):
-    """One value of every final run of a label; `objective` or a score on the test set."""
-    folder = ROOT / "scripts" / "bench" / "results" / plan / "runs" / label
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("final-*.json"))]
-    return [run[name] if name in run else run["test"][name] for run in found]
+    assert min(fresh["objective"]) > max(plain["objective"])
 
 
 def test_what_is_said_of_leave_one_out_is_so():

@@ -21,6 +21,7 @@ from workload import write_results
 from hf_fngd.calls import gather_calls
 from hf_fngd.gram import sample_gram
 from hf_fngd.image_layers import Conv2dAdapter
+from hf_fngd.layer_solver import Draws
 
 # Input channels, output features.
 ESTIMATES = ((None, 64), (16, 64), (8, 32))
@@ -35,6 +36,17 @@ class Shapes:
     stages: int = field(default=4, metadata={"help": "Each has twice the channels, half the side."})
     side: int = field(default=32, metadata={"help": "Of the first stage's images."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
+
+    def stage(self, number: int) -> tuple[int, int]:
+        """Gives the size of a stage.
+
+        Args:
+            number: From 0.
+
+        Returns:
+            Channels, and side of the images.
+        """
+        return self.width * 2**number, self.side // 2**number
 
 
 @dataclass
@@ -54,11 +66,12 @@ def candidates(shapes: Shapes, stage: int) -> dict[str, Callable[[], object]]:
     Returns:
         Functions by name; `layer` is the unit.
     """
-    channels, side = shapes.width * 2**stage, shapes.side // 2**stage
+    channels, side = shapes.stage(stage)
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     adapter = Conv2dAdapter(layer)
     x = torch.randn(shapes.samples, channels, side, side)
     g = torch.randn_like(x)
+    draws = Draws(0, 0, stage)
 
     def train() -> None:
         x.requires_grad_()
@@ -67,12 +80,10 @@ def candidates(shapes: Shapes, stage: int) -> dict[str, Callable[[], object]]:
 
     def form(inputs: int | None, outputs: int | None) -> None:
         with torch.no_grad():
-            some = [
-                None if n is None or n >= channels else torch.randperm(channels)[:n]
-                for n in (inputs, outputs)
-            ]
-            calls = [(x, g, layer.weight)]
-            sample_gram(*gather_calls(adapter, calls, inputs=some[0]), bias=False, outputs=some[1])
+            chosen = draws.features(channels, inputs, x.device)
+            a, b = gather_calls(adapter, [(x, g, layer.weight)], inputs=chosen)
+            chosen = draws.features(channels, outputs, x.device, stream=1)
+            sample_gram(a, b, bias=False, outputs=chosen)
 
     return {
         "layer": train,
@@ -88,8 +99,8 @@ def main() -> None:
     torch.set_num_threads(shapes.threads)
     table = {}
     for stage in range(shapes.stages):
-        name = f"{shapes.width * 2**stage} channels, {shapes.side // 2**stage} x "
-        name += str(shapes.side // 2**stage)
+        channels, side = shapes.stage(stage)
+        name = f"{channels} channels, {side} x {side}"
         table[name] = summarise(interleave(candidates(shapes, stage), options))
         for variant, row in table[name].items():
             print(f"{name:<24}{variant:<12}{row['median_ratio']:>8.2f}")
