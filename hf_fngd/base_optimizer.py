@@ -15,6 +15,7 @@ from hf_fngd.checks import check_number
 from hf_fngd.errors import FNGDError
 from hf_fngd.handlers import LayerHandler
 from hf_fngd.layers import LinearAdapter
+from hf_fngd.parameter_groups import divide
 from hf_fngd.selection import Selection, select_layers
 from hf_fngd.settings import OptimizerConfig
 from hf_fngd.update_rules import apply_rule
@@ -78,7 +79,8 @@ class LayerOptimizer(torch.optim.Optimizer):
             "eps": config.adam_epsilon,
             "update_scale": config.update_scale,
         }
-        super().__init__(self._split(params), defaults)
+        groups = divide(params, self.selection, config.update_rule, config.other_lr)
+        super().__init__(groups, defaults)
         self._set_up(module)
         self.attach()
 
@@ -88,36 +90,6 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _select(self, module: nn.Module) -> Selection:
         return select_layers(module, self.config.target_modules, self.config.exclude_modules)
-
-    def _split(self, params: Iterable[Any]) -> list[dict[str, Any]]:
-        """Divides every parameter group into selected weights and the others.
-
-        Returns:
-            Groups, those of selected weights first.
-        """
-        rule = self.config.update_rule
-        selected = {
-            id(p)
-            for module, _ in self.selection.chosen.values()
-            for p in module.parameters(recurse=False)
-            if rule != "muon" or p.dim() > 1
-        }
-        groups = list(params)
-        if groups and not isinstance(groups[0], dict):
-            groups = [{"params": groups}]
-        other_lr = self.config.other_lr
-        first, second = [], []
-        for group in groups:
-            members = group["params"]
-            members = [members] if isinstance(members, Tensor) else list(members)
-            mine = [p for p in members if id(p) in selected]
-            rest = [p for p in members if id(p) not in selected]
-            if mine:
-                first.append({**group, "params": mine, "rule": rule})
-            if rest:
-                own = {"lr": other_lr} if other_lr is not None else {}
-                second.append({**group, **own, "params": rest, "rule": "adamw"})
-        return first + second
 
     # ---- capture -----------------------------------------------------------------------------
 
@@ -274,20 +246,3 @@ class LayerOptimizer(torch.optim.Optimizer):
             for key, value in plain["state"].get(number, {}).items():
                 device = "cpu" if key == "step" else param.device
                 self.state[param][key] = value.detach().clone().to(device)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Divides a model's trained parameters into those with and without weight decay.
-
-    Args:
-        model: The model.
-        weight_decay: Decay of parameters with at least two dimensions.
-
-    Returns:
-        Two parameter groups.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]

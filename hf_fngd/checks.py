@@ -76,10 +76,14 @@ def whole_numbers(ids: Any) -> list[int]:
     Raises:
         FNGDError: If they are no whole numbers of 64 bits.
     """
+    advice = "sample_ids must be whole numbers of 64 bits, one for each sample ({}): give the data "
+    advice += "set rows of the batch"
     try:
-        return torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().tolist()
+        given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
+        found = given.long()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise FNGDError(
-            f"sample_ids must be whole numbers of 64 bits, one for each sample ({error}): give the "
-            "data set rows of the batch"
-        ) from None
+        raise FNGDError(advice.format(error)) from None
+    other = given[given != found]
+    if len(other):
+        raise FNGDError(advice.format(f"not {other[0]:g}"))
+    return found.tolist()

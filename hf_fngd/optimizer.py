@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_fngd.base_optimizer import LayerOptimizer, parameter_groups
+from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.fngd import FNGDState, Labels
 from hf_fngd.layers import LinearAdapter
+from hf_fngd.parameter_groups import parameter_groups
 from hf_fngd.sample_store import SampleStore
 from hf_fngd.weighting import LayerState
 

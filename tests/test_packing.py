@@ -15,7 +15,7 @@ from hf_fngd import (
     create_fngd_optimizer,
     create_preconditioned_optimizer,
 )
-from hf_fngd.hf.samples import announce
+from hf_fngd.hf.announce import announce
 from hf_fngd.hf.support import packed_lengths, unpacked
 from tests.hf_utils import weights
 

@@ -109,6 +109,7 @@ def layer():
             lambda o: o.set_batch([2**70, 1]),
             "sample_ids must be whole numbers of 64 bits.*give the",
         ),
+        (lambda o: o.set_batch(torch.tensor([1.0, 2.5])), r"64 bits.*\(not 2.5\)"),
         (lambda o: o.start_epoch(-1), "epochs are counted from 0, there is no epoch -1"),
         (lambda o: o.load_state_dict({"fngd": 3}), "is not FNGD's: resume with the optimizer that"),
         (lambda o: o.load_state_dict({}), "is not FNGD's: resume with the optimizer that wrote it"),

@@ -4,10 +4,10 @@ import datasets
 import pytest
 import torch
 
+from hf_fngd.hf.announce import batch_labels
 from hf_fngd.hf.samples import (
     INDEX_COLUMN,
     IndexCollator,
-    batch_labels,
     content_ids,
     fingerprint,
     with_index,

@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.samples import SampleHook, fingerprint
+from hf_fngd.hf.announce import SampleHook
+from hf_fngd.hf.samples import fingerprint
 from hf_fngd.hf.support import refuse_unsupported
 from hf_fngd.optimizer import FNGD
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_fngd.errors import FNGDError
+from hf_fngd.hf.announce import announce
 from hf_fngd.hf.callback import FNGDCallback, needs_scale, set_scale, unwrap_optimizer
 from hf_fngd.hf.checkpoints import check_complete, last_complete, reading
 from hf_fngd.hf.loss_scale import LossScaleMixin
@@ -19,7 +20,7 @@ from hf_fngd.hf.registry import (
     optimizer_arguments,
     optimizer_name,
 )
-from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, with_index
+from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, with_index
 from hf_fngd.settings import OptimizerConfig
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_fngd.base_optimizer import LayerOptimizer, parameter_groups
+from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.errors import FNGDError
 from hf_fngd.methods.eva import EvaConfig, EvaLayer
 from hf_fngd.methods.kfac import KFACConfig, KFACLayer
@@ -15,6 +15,7 @@ from hf_fngd.methods.plain import PlainConfig, PlainOptimizer
 from hf_fngd.methods.seng import SENGConfig, SENGLayer
 from hf_fngd.methods.tengrad import TENGraDConfig, TENGraDLayer
 from hf_fngd.optimizer import FNGD
+from hf_fngd.parameter_groups import parameter_groups
 
 
 class KFAC(PreconditionedOptimizer):
