@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_fngd.layers import LinearAdapter
 from hf_fngd.packing import unpack
 
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Input, output gradient and weight (as the call saw it, under autocast in low precision).
 Call = tuple[Tensor, Tensor, Tensor]
 
@@ -41,8 +42,9 @@ def gather_calls(
     calls: Sequence[Call],
     lengths: Sequence[int] | None = None,
     inputs: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Brings all calls of one forward into the canonical layout, low precision into float32.
+    """Brings all calls of one forward into the canonical layout.
 
     Args:
         adapter: Adapter of the layer's type.
@@ -50,17 +52,24 @@ def gather_calls(
         lengths: Positions of each sample, where a call's one row holds them all.
         inputs: Numbers of the input features to keep, as in `pick_inputs`, scaled so that inner
             products stay the same in the mean over draws; default: all.
+        dtype: Precision of the result; default: as it is, but for float16 and bfloat16, which
+            become float32.
 
     Returns:
         `a` as `[G, N, T, d_in]` and `g` as `[G, N, T, d_out]`, positions of all calls in a row.
     """
-    parts = [adapter.canonical(_some_inputs(adapter, x, inputs), g) for x, g, _ in calls]
+    if dtype is None:
+        given = calls[0][0].dtype
+        dtype = torch.float32 if given in _LOW_PRECISION else given
+    # Before the layout, in which the patches of a convolution overlap.
+    parts = [
+        adapter.canonical(_some_inputs(adapter, x, inputs).to(dtype), g.to(dtype))
+        for x, g, _ in calls
+    ]
     if lengths is not None:
         parts = [(unpack(a, lengths), unpack(g, lengths)) for a, g in parts]
     a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a = a.float()
-    return a, g.to(a.dtype)
+    return a, g
 
 
 def _some_inputs(adapter: LinearAdapter, x: Tensor, inputs: Tensor | None) -> Tensor:

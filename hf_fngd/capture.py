@@ -139,17 +139,18 @@ class _WeightedLayer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         adapter = ctx.capture.adapter
-        grad_x = adapter.input_gradient(g, x, weight) if ctx.needs_input_grad[0] else None
+        input_needed, _, bias, *_ = ctx.needs_input_grad
         if ctx.calls is not None:
+            grad_x = adapter.input_gradient(g, x, weight) if input_needed else None
             # What another backward pass left behind (it failed, or was for the input's gradient
             # only) is not part of this one.
             task = backward_pass()
             ctx.calls[:] = [one for one in ctx.calls if one[0] == task]
             ctx.calls.append((task, (x, g, weight)))
             return grad_x, None, None, None, None, None
-        g = adapter.scale_rows(g, ctx.capture.handler.weights(ctx.batch, x, g))
-        grads = adapter.parameter_gradients(g, x, weight, ctx.needs_input_grad[2])
-        return grad_x, *grads, None, None, None
+        gamma = ctx.capture.handler.weights(ctx.batch, x, g)
+        grads = adapter.weighted_gradients(g, x, weight, gamma, input_needed, bias)
+        return *grads, None, None, None
 
 
 class _Captured:

@@ -112,6 +112,14 @@ class FNGDConfig(OptimizerConfig):
     gram_memory_mb: int = setting(
         256, "Upper bound in MiB of the workspace of one layer's Gram matrix.", at_least=1
     )
+    gram_dtype: str = setting(
+        "auto",
+        "Precision of a Gram matrix's products, which are added up and solved in float32: bfloat16 "
+        "(a cheaper first epoch where the machine is faster in it), float32 (float64 for gradients "
+        "in float64), or auto: that of the gradients, but float32 for float16.",
+        choices=("auto", "float32", "bfloat16"),
+        resumed=True,
+    )
     gram_outputs: int | None = setting(
         None,
         "Output features, drawn anew for every layer and step, from which its Gram matrix is "

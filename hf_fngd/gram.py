@@ -9,6 +9,8 @@ With U = [u_1 … u_N] the per-sample weight gradients of one layer, K = UᵀU i
 
 Since K is a sum over output features, a random part of them, scaled up, estimates it without bias.
 
+In bfloat16 the products are formed in it, from inputs in it, and added up in float32.
+
 Inputs are in the canonical layout `[G, N, T, d]` of `hf_fngd.layers`. Costs: with flops counted as
 multiply-adds, direct N·d_in·d_out·(T + N), Hadamard N²·T²·(d_in + d_out).
 """
@@ -24,6 +26,7 @@ from torch import Tensor
 # (scripts/bench/gram_routes.py).
 _CPU_BLOCK_BYTES = 2**23
 _PIECES = 8
+_LEAST_ROWS = 8
 
 
 class SampleGram(NamedTuple):
@@ -105,9 +108,13 @@ def sample_gram(
     else:
         per_sample, matrix = _direct(a, part, memory_bytes)
     if bias:
-        sums = g.sum(2)
+        sums = g.sum(2, dtype=matrix.dtype)
         matrix = matrix + torch.einsum("gnd,gmd->nm", sums, sums)
     return SampleGram(matrix, per_sample if outputs is None else None)
+
+
+def _sum_dtype(a: Tensor) -> torch.dtype:
+    return torch.float32 if a.dtype == torch.bfloat16 else a.dtype
 
 
 def _direct(a: Tensor, g: Tensor, memory_bytes: int) -> tuple[Tensor | None, Tensor]:
@@ -116,7 +123,7 @@ def _direct(a: Tensor, g: Tensor, memory_bytes: int) -> tuple[Tensor | None, Ten
     if a.device.type == "cpu":
         memory_bytes = min(memory_bytes, _CPU_BLOCK_BYTES)
     rows = max(1, memory_bytes // (groups * n * d_in * a.element_size()))
-    matrix = a.new_zeros(n, n)
+    matrix = a.new_zeros(n, n, dtype=_sum_dtype(a))
     if rows >= d_out:
         per_sample = g.transpose(-1, -2) @ a
         for u in per_sample.flatten(2):
@@ -139,9 +146,12 @@ def _half(n: int) -> int:
 def _add_lower(matrix: Tensor, u: Tensor) -> None:
     """Adds uuᵀ, but for the upper right quarter: K is symmetric and torch has no such product."""
     half = _half(len(u))
+    if u.shape[1] % _PIECES or u.dtype == torch.bfloat16:
+        matrix[:half, :half] += u[:half] @ u[:half].t()
+        matrix[half:] += u[half:] @ u.t()
+        return
     # Long thin products are faster in a few pieces.
-    pieces = _PIECES if u.shape[1] % _PIECES == 0 else 1
-    rows = u.view(len(u), pieces, -1).transpose(0, 1)
+    rows = u.view(len(u), _PIECES, -1).transpose(0, 1)
     matrix[:half, :half] += (rows[:, :half] @ rows[:, :half].transpose(1, 2)).sum(0)
     matrix[half:] += (rows[:, half:] @ rows.transpose(1, 2)).sum(0)
 
@@ -160,8 +170,9 @@ def _mirror(matrix: Tensor, block: int) -> Tensor:
 def _hadamard(a: Tensor, g: Tensor, memory_bytes: int) -> Tensor:
     groups, n, t, _ = a.shape
     block = max(1, memory_bytes // (2 * groups * n * t * t * a.element_size()))
-    block = min(block, _half(n))
-    matrix = a.new_zeros(n, n)
+    # K is symmetric: four blocks leave out 3/8 of it, two 1/4.
+    block = min(block, max(-(-n // 4), min(_half(n), _LEAST_ROWS)))
+    matrix = a.new_zeros(n, n, dtype=_sum_dtype(a))
     for i in range(0, n, block):
         end = min(i + block, n)
         rows, columns = slice(i, end), slice(0, end)
@@ -183,7 +194,7 @@ def token_gram(a: Tensor, g: Tensor, a_other: Tensor, g_other: Tensor, *, bias: 
     Returns:
         Matrix `[N·T, M·S]`.
     """
-    inner_a = a.flatten(1, 2) @ a_other.flatten(1, 2).transpose(1, 2)
+    inner_a = (a.flatten(1, 2) @ a_other.flatten(1, 2).transpose(1, 2)).to(_sum_dtype(a))
     inner_g = g.flatten(1, 2) @ g_other.flatten(1, 2).transpose(1, 2)
     if bias:
         inner_a = inner_a + 1
@@ -201,7 +212,8 @@ def token_norms(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
     Returns:
         Vector `[N·T]`. For grouped convolutions the groups' terms are added.
     """
-    norms_a = a.square().sum(-1)
+    dtype = _sum_dtype(a)
+    norms_a = a.square().sum(-1, dtype=dtype)
     if bias:
         norms_a = norms_a + 1
-    return (norms_a * g.square().sum(-1)).sum(0).flatten()
+    return (norms_a * g.square().sum(-1, dtype=dtype)).sum(0).flatten()

@@ -66,6 +66,15 @@ class Conv2dAdapter(LinearAdapter):
     ) -> tuple[Tensor, Tensor | None]:
         return self._backward(g, x, weight, (False, True, bias))[1:]
 
+    def weighted_gradients(  # noqa: D102
+        self, g: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, input_needed: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        if bias or gamma.dim() == 2:
+            grad_x = self.input_gradient(g, x, weight) if input_needed else None
+            return grad_x, *self.parameter_gradients(self.scale_rows(g, gamma), x, weight, bias)
+        # With the weights on the input, of which its own gradient knows nothing, one call does all.
+        return self._backward(g, self.scale_rows(x, gamma), weight, (input_needed, True, False))
+
     def bias_gradient(self, g: Tensor) -> Tensor:  # noqa: D102
         return g.sum((0, 2, 3))
 

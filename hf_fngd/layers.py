@@ -92,6 +92,30 @@ class LinearAdapter:
         """
         return _rows(g).t().mm(_rows(x)), self.bias_gradient(g) if bias else None
 
+    def weighted_gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, input_needed: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Gives all gradients of a call, those of the parameters weighted.
+
+        Args:
+            g: Output gradient.
+            x: Layer input.
+            weight: Weight in the module's layout.
+            gamma: As in `scale_rows`.
+            input_needed: Whether the input's gradient is wanted.
+            bias: Whether the bias gradient is wanted.
+
+        Returns:
+            Gradients of input (or None), weight and bias (or None).
+        """
+        grad_x = self.input_gradient(g, x, weight) if input_needed else None
+        # A weight may go to either side of the product; the bias sees one of them alone.
+        if not bias and x.shape[self.feature_dim] < g.shape[self.feature_dim]:
+            x = self.scale_rows(x, gamma)
+        else:
+            g = self.scale_rows(g, gamma)
+        return grad_x, *self.parameter_gradients(g, x, weight, bias)
+
     def bias_gradient(self, g: Tensor) -> Tensor:
         """Sums the output gradient over samples and positions.
 
@@ -166,7 +190,7 @@ class LinearAdapter:
         """Multiplies an output gradient by one weight per sample, or per sample and position.
 
         Args:
-            g: Output gradient of the layer.
+            g: Output gradient of the layer, or what else has its samples and positions.
             gamma: Weights `[N]` or `[N, T]`.
 
         Returns:

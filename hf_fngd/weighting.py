@@ -65,9 +65,10 @@ class LayerState(TrackedLayer[FNGDState]):
             self._look_for_calls((backward_pass(), ticket))
             with torch.autocast(x.device.type, enabled=False):
                 return self.compute(batch, [call], bias)
-        if batch is not None:
-            g = self.adapter.scale_rows(g, self.weights(batch, x, g))
-        return self.adapter.parameter_gradients(g, x, weight, bias)
+        if batch is None:
+            return self.adapter.parameter_gradients(g, x, weight, bias)
+        gamma = self.weights(batch, x, g)
+        return self.adapter.weighted_gradients(g, x, weight, gamma, False, bias)[1:]
 
     def _look_for_calls(self, present: tuple[int, int]) -> None:
         if present == self._last:
@@ -193,7 +194,9 @@ class LayerState(TrackedLayer[FNGDState]):
         x = calls[0][0]
         features = self.adapter.input_features(x)
         inputs = draws.features(features, config.gram_inputs, x.device, stream=1)
-        a, g = gather_calls(self.adapter, calls, batch.lengths, inputs)
+        low = {"auto": x.dtype == torch.bfloat16, "bfloat16": True, "float32": False}
+        dtype = torch.bfloat16 if low[config.gram_dtype] else None
+        a, g = gather_calls(self.adapter, calls, batch.lengths, inputs, dtype)
         _, n, t, _ = a.shape
         kappa = n * state.accumulation
         per_sample = alive = None
@@ -204,7 +207,8 @@ class LayerState(TrackedLayer[FNGDState]):
         state.statistics.count_solution(solution)
         if solution.finite:
             self._remember(batch, solution.gamma, alive, calls)
-        return solution.gamma, per_sample if inputs is None else None
+        exact = inputs is None and dtype is None
+        return solution.gamma, per_sample if exact else None
 
     def _remember(
         self, batch: Batch, gamma: Tensor, alive: Tensor | None, calls: list[Call]

@@ -13,8 +13,12 @@ COSTS = {
     "`fngd_adamw`, later epochs": "fngd_adamw later epochs",
     "`fngd`": "fngd later epochs",
     "with `update_scale=rms`": "fngd later epochs, update_scale=rms",
-    "first epoch": "fngd_adamw first epoch",
-    "first epoch, estimated": "fngd_adamw first epoch, gram_outputs=64",
+}
+FIRST = {
+    "exact": "fngd_adamw first epoch",
+    "`gram_outputs=64`": "fngd_adamw first epoch, gram_outputs=64",
+    "and `gram_inputs=16`": "fngd_adamw first epoch, gram_inputs=16,gram_outputs=64",
+    "`gram_dtype=bfloat16`": "fngd_adamw first epoch, gram_dtype=bfloat16",
 }
 MEMORY = {
     "`fngd_adamw`, later epochs": "fngd_adamw later epochs",
@@ -30,21 +34,59 @@ def costs() -> str:
     Returns:
         Markdown.
     """
-    files = sorted((RESULTS / "step_time").glob("*.json"))
-    heads = ("AdamW", *COSTS, *(f"ten epochs{how}" for how in ("", ", estimated")))
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for file in files:
-        report = json.loads(file.read_text())
-        found = {name: row["median_ratio"] for name, row in report["results"].items()}
+    lines = _heads("AdamW", *COSTS)
+    for report in _step_times():
         seconds = report["results"]["adamw"]["median_seconds"]
-        ratios = [found[name] for name in COSTS.values()]
-        later = found["fngd_adamw later epochs"]
-        firsts = (found[COSTS["first epoch"]], found[COSTS["first epoch, estimated"]])
-        ratios += [(9 * later + first) / 10 for first in firsts]
-        cells = [f"{seconds:.2f} s", *(f"{ratio:.2f}" for ratio in ratios)]
-        lines.append(f"| {_shape(report['workload'])} | " + " | ".join(cells) + " |")
+        ratios = [report["results"][name]["median_ratio"] for name in COSTS.values()]
+        lines.append(_row(report, f"{seconds:.2f} s", *ratios))
     lines += ["", f"Machine: {report['machine']}, torch {report['torch']}."]
     return "\n".join(lines)
+
+
+def first_epochs() -> str:
+    """Makes the table of the first epoch's step times, exact and cheaper ones.
+
+    Returns:
+        Markdown.
+    """
+    lines = _heads(*FIRST, *(f"ten epochs, {how}" for how in list(FIRST)[::3]))
+    for report in _step_times():
+        found = {name: row["median_ratio"] for name, row in report["results"].items()}
+        firsts = [found[name] for name in FIRST.values()]
+        later = found["fngd_adamw later epochs"]
+        lines.append(_row(report, *firsts, *((9 * later + one) / 10 for one in firsts[::3])))
+    return "\n".join(lines)
+
+
+def profiles() -> str:
+    """Makes the table of where FNGD's steps spend more than AdamW's.
+
+    Returns:
+        Markdown.
+    """
+    lines = ["| | AdamW | FNGD | most of the difference |", "|---|---:|---:|---|"]
+    for file in sorted((RESULTS / "profile").glob("*.json")):
+        report = json.loads(file.read_text())
+        found = report["results"]
+        base, step = found["step"].values()
+        more = [f"`{row['operator']}` {row['more']:+.0f}" for row in found["operators"][:4]]
+        name = f"{_shape(report['workload'])}: `{found['variant']}`"
+        lines.append(f"| {name} | {base:.0f} ms | {step:.0f} ms | {', '.join(more)} |")
+    return "\n".join(lines)
+
+
+def _step_times() -> list[dict[str, Any]]:
+    files = sorted((RESULTS / "step_time").glob("*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _heads(*columns: str) -> list[str]:
+    return ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+
+
+def _row(report: Mapping[str, Any], *cells: str | float) -> str:
+    words = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
+    return f"| {_shape(report['workload'])} | " + " | ".join(words) + " |"
 
 
 def memory() -> str:
@@ -155,16 +197,16 @@ def estimates() -> str:
     Returns:
         Markdown.
     """
-    report = json.loads((RESULTS / "gram_outputs.json").read_text())
+    report = json.loads((RESULTS / "estimates.json").read_text())
     lines = [
-        "| λ | outputs | r of γ with the exact | cosine with the natural gradient | plain gradient "
+        "| λ | | r of γ with the exact | cosine with the natural gradient | plain gradient "
         "| training loss after 3 epochs, to the exact one's |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "|---:|---|---:|---:|---:|---:|",
     ]
     for row in report["results"]["measurements"]:
-        if row["outputs"] is not None:
+        if row["estimate"]:
             lines.append(
-                f"| {row['damping']:g} | {row['outputs']} | {row['r']:.2f} | {row['cos']:.3f} | "
+                f"| {row['damping']:g} | `{row['estimate']}` | {row['r']:.3f} | {row['cos']:.4f} | "
                 f"{row['cos: plain']:.3f} | {row['ratio']:.4f} ± {row['deviation']:.4f} |"
             )
     return "\n".join(lines)

@@ -19,9 +19,11 @@ from readme_costs import (
     convolutions,
     costs,
     estimates,
+    first_epochs,
     growth,
     memory,
     methods,
+    profiles,
     rules,
     store,
 )
@@ -55,6 +57,8 @@ REPORTS = {
     "quality": {
         "quality_finetune": "Fine-tuning a Marian of width 128 (trained on Tatoeba) on 2,000 pairs "
         "of Multi30K en-de, 5 epochs",
+        "quality_scratch": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, "
+        "10 epochs; searched with 3,000 pairs and 188 steps",
     },
     "ablation": {
         "ablation_finetune": "The same fine-tuning, at the settings that were found for `sgd_rms`",
@@ -62,6 +66,7 @@ REPORTS = {
     "leave_one_out": {
         "quality_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 3 epochs",
         "ablation_cifar10": "The same training, one setting for all but the learning rate of `rms`",
+        "ablation_cifar10_wide": "The same at width 32",
         "ablation_scratch": "Multi30K en-de from scratch, 3,000 pairs, 188 steps, at settings that "
         "were found for `sgd_rms` and Muon",
     },
@@ -180,6 +185,8 @@ def fill(text: str) -> str:
         checkpointing,
         store,
         rules,
+        profiles,
+        first_epochs,
         estimates,
         convolutions,
         growth,

@@ -42,6 +42,7 @@ TYPOS = [
     ("share", "samples", "sample"),
     ("damping_mode", "relativ", "relative"),
     ("store_dtype", "float23", "float32"),
+    ("gram_dtype", "bf16", "bfloat16"),
 ]
 
 

@@ -62,7 +62,8 @@ HEADS = {"attention_heads": 2}
 BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "output": "b.json"}
 # Folders of results, of which the commands with these plans make the report alone.
 PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune",
-         "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch")  # fmt: skip
+         "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch",
+         "ablation_cifar10_wide", "quality_lora")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
@@ -78,8 +79,8 @@ SHRINK = {
                 "flags": "--d_model 16 --ffn_dim 16 --layers 1 --vocab_size 50 --length 5 "
                 "--batch_size 4 --repeats 2 --warmup 1"},
     "growth": {**BENCH, "repeats": 2, "warmup": 1, "only": "layers", "plot": "b.png"},
-    "gram_outputs": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
-                     "seeds": 1, "outputs": 4, "dampings": 1, "probed": 1, "output": "b.json"},
+    "estimates": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
+                  "seeds": 1, "dampings": 1, "probed": 1, "output": "b.json"},
     "store": {**BENCH, "repeats": 2, "rows": 64, "stored_layers": 3},
     # One of the processes that it starts.
     "checkpointing": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
@@ -87,6 +88,9 @@ SHRINK = {
                           "output": "b.json"},
     "conv_estimates": {"samples": 2, "width": 3, "stages": 1, "side": 4, "threads": 1,
                        "repeats": 2, "warmup": 1, "output": "b.json"},
+    "profile_step": {**BENCH, "repeats": 2},
+    "route_crossover": {"samples": 3, "positions": 2, "widths": 4, "threads": 1, "repeats": 2,
+                        "warmup": 1, "output": "b.json", "plot": "b.png"},
     "gram_routes": {"samples": 3, "positions": 4, "d_in": 5, "d_out": 6, "threads": 1,
                     "repeats": 2, "output": "b.json"},
 }  # fmt: skip
@@ -240,7 +244,7 @@ LEFT = {
     "--output_dir runs/demo-adamw": ["runs/demo-adamw/metrics.json"],
     "make bench": ["times/marian_512_b64.json", "b.json"],
     "growth": ["b.json", "b.png"],
-    "gram_outputs": ["b.json"],
+    "bench/estimates.py": ["b.json"],
     "run_translation.py --optim": ["stock/done0.json"],
     "--output_dir runs/mine": ["runs/mine/README.md"],
     "scripts/multi30k_finetune.json$": ["runs/multi30k-finetune-fngd/README.md"],
@@ -261,6 +265,8 @@ LEFT = {
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],
     "conv_estimates": ["b.json"],
+    "route_crossover": ["b.json", "b.png"],
+    "profile_step": ["b.json"],
     "write_card.py FOLDER": ["FOLDER/README.md"],
     "write_card.py runs": ["runs/demo/README.md", "runs/demo-adamw/README.md"],
 }

@@ -24,7 +24,7 @@ SHAPES = {
     "marian_512_b64": (f"{_PAPER} --batch_size 64", 8),
     "marian_512_b128": (f"{_PAPER} --batch_size 128", 5),
     "marian_512_b32_bf16": (f"{_PAPER} --batch_size 32 --bf16", 8),
-    "opus_mt_b32": (f"{_PAPER} --batch_size 32 --vocab_size 58101", 5),
+    "opus_mt_b32": (f"{_PAPER} --batch_size 32 --vocab_size 58101", 9),
     "gpt2_blocks_b8": (
         "--shapes gpt2 --d_model 768 --ffn_dim 3072 --layers 2 --batch_size 8 --length 512",
         3,
@@ -32,7 +32,7 @@ SHAPES = {
     "resnet18_b128": ("--shapes resnet18 --batch_size 128", 5),
     "lora_7b_block_b4": (
         "--shapes lora --d_model 4096 --ffn_dim 11008 --layers 1 --batch_size 4 --length 128",
-        4,
+        8,
     ),
 }
 MEMORY = ("marian_512_b32", "resnet18_b128", "gpt2_blocks_b8")
@@ -68,7 +68,7 @@ def main() -> None:
     for name, (shape, repeats) in SHAPES.items():
         if options.only is None or name in options.only:
             last = f"--threads {options.threads} {options.flags}"
-            words = f"{shape} --repeats {repeats} {last}"
+            words = f"{shape} --repeats {repeats} --warmup 1 {last}"
             run("step_time.py", words, folder / f"{name}.json")
             if name in MEMORY:
                 words = f"{shape} --steps 3 {last}"

@@ -240,7 +240,7 @@ def correlation(first: Tensor, second: Tensor) -> float:
     Returns:
         Mean correlation.
     """
-    a, b = ((t - t.mean(0)) / t.std(0) for t in (first, second))
+    a, b = ((t - t.mean(0)) / t.std(0, correction=0) for t in (first, second))
     return float((a * b).mean())
 
 

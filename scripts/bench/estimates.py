@@ -1,11 +1,11 @@
-r"""What `gram_outputs` costs in quality: γ, the direction and the training loss, against the exact.
+r"""What a cheaper Gram matrix costs in quality: γ, direction and training loss, against the exact.
 
-    python scripts/bench/gram_outputs.py --threads 1 --outputs 16 64 --seeds 2 \
+    python scripts/bench/estimates.py --threads 1 --seeds 2 \
         --model_name_or_path runs/tatoeba-marian-small \
-        --output scripts/bench/results/gram_outputs.json
+        --output scripts/bench/results/estimates.json
 
 Real sentence pairs, a Marian whose layers have `d_model` or four times as many outputs. For each
-number of outputs
+estimate, a setting of FNGD in the words of `--optim_args`,
 
 - at the weights that training starts from: correlation of the estimated γ with the exact one over
   pairs, and cosines with the natural gradient of a batch, averaged over layers; what the plain
@@ -28,15 +28,21 @@ from tabulate import tabulate
 from transformers import HfArgumentParser
 from workload import write_results
 
-from hf_fngd import create_fngd_optimizer
+from hf_fngd import FNGDConfig, create_fngd_optimizer
 
 
 @dataclass
 class Estimates(Setting):
     """Data, model and training."""
 
-    outputs: list[int] = field(
-        default_factory=lambda: [16, 32, 64, 128], metadata={"help": "Values of gram_outputs."}
+    estimates: list[str] = field(
+        default_factory=lambda: [
+            "gram_outputs=16",
+            "gram_outputs=64",
+            "gram_inputs=16,gram_outputs=64",
+            "gram_dtype=bfloat16",
+        ],
+        metadata={"help": "Settings of FNGD, each name=value or several with commas."},
     )
     dampings: list[float] = field(
         default_factory=lambda: [0.1, 1.0], metadata={"help": "Relative λ."}
@@ -46,13 +52,27 @@ class Estimates(Setting):
     seeds: int = field(default=3, metadata={"help": "Trainings of each."})
 
 
-def directions(data: Data, damping: float, outputs: int, probed: int) -> dict[str, float]:
+def settings(words: str) -> dict[str, Any]:
+    """Reads the settings that an estimate sets.
+
+    Args:
+        words: name=value, several with commas; empty: none.
+
+    Returns:
+        Values by name.
+    """
+    pairs = dict(word.split("=", 1) for word in words.split(",") if word)
+    config = FNGDConfig.from_strings(pairs)
+    return {name: getattr(config, name) for name in pairs}
+
+
+def directions(data: Data, damping: float, estimate: str, probed: int) -> dict[str, float]:
     """Compares estimated with exact coefficients of some batches.
 
     Args:
         data: The pairs and the model.
         damping: Relative λ.
-        outputs: Value of gram_outputs.
+        estimate: The cheaper matrix.
         probed: Number of batches.
 
     Returns:
@@ -61,9 +81,13 @@ def directions(data: Data, damping: float, outputs: int, probed: int) -> dict[st
     found: dict[str, list[float]] = {"r": [], "cos": [], "cos: plain": []}
     for batch in itertools.islice(data.batches(0), probed):
         gammas, natural = [], []
-        for some in (None, outputs):
+        for words in ("", estimate):
             optimizer = create_fngd_optimizer(
-                data.model, lr=0.0, damping=damping, gram_outputs=some, num_samples=len(data.rows)
+                data.model,
+                lr=0.0,
+                damping=damping,
+                num_samples=len(data.rows),
+                **settings(words),
             )
             natural.append(gradients(data, optimizer, batch))
             optimizer.start_epoch(1)
@@ -75,14 +99,14 @@ def directions(data: Data, damping: float, outputs: int, probed: int) -> dict[st
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
-def train(data: Data, study: Estimates, damping: float, outputs: int | None, seed: int) -> float:
+def train(data: Data, study: Estimates, damping: float, estimate: str, seed: int) -> float:
     """Trains a copy of the model.
 
     Args:
         data: The pairs and the model, which ends as it was.
         study: Settings.
         damping: Relative λ.
-        outputs: Value of gram_outputs.
+        estimate: The cheaper matrix; empty: the exact one.
         seed: Of the order of pairs, and of the outputs.
 
     Returns:
@@ -95,9 +119,9 @@ def train(data: Data, study: Estimates, damping: float, outputs: int | None, see
         other_lr=study.other_lr,
         update_scale="rms",
         damping=damping,
-        gram_outputs=outputs,
         num_samples=len(data.rows),
         seed=seed,
+        **settings(estimate),
     )
     losses: list[float] = []
     for epoch in range(study.epochs):
@@ -123,11 +147,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for damping in study.dampings:
         exact: list[float] = []
-        for outputs in (None, *study.outputs):
-            row: dict[str, Any] = {"damping": damping, "outputs": outputs}
-            if outputs is not None:
-                row |= directions(data, damping, outputs, study.probed)
-            losses = [train(data, study, damping, outputs, seed) for seed in range(study.seeds)]
+        for estimate in ("", *study.estimates):
+            row: dict[str, Any] = {"damping": damping, "estimate": estimate}
+            if estimate:
+                row |= directions(data, damping, estimate, study.probed)
+            losses = [train(data, study, damping, estimate, seed) for seed in range(study.seeds)]
             exact = exact or losses
             ratios = [one / other for one, other in zip(losses, exact, strict=True)]
             row |= {"loss": statistics.mean(losses), "ratio": statistics.mean(ratios)}

@@ -1,0 +1,117 @@
+"""gram_dtype=bfloat16: products within its precision, sums and gradients in full."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_fngd import create_fngd_optimizer
+from hf_fngd.gram import sample_gram, token_gram, token_norms
+
+# Of a product of two roundings, each to 8 bits.
+TOLERANCE = 2.0**-6
+LAYERS = {
+    "linear": (lambda: nn.Linear(7, 5), (6, 4, 7)),
+    "conv1d": (lambda: Conv1D(5, 7), (6, 4, 7)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, groups=2), (6, 4, 6, 6)),
+    "conv2d without bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), (6, 4, 6, 6)),
+}
+SETTINGS = {
+    "sample": {"share": "none"},
+    "direct": {"share": "none", "gram_route": "direct"},
+    "hadamard": {"share": "none", "gram_route": "hadamard"},
+    "estimated": {"share": "none", "gram_inputs": 2, "gram_outputs": 2},
+    "leave one out": {"share": "none", "leave_one_out": True},
+    "token": {"share": "none", "fisher_unit": "token", "gram_route": "exact"},
+    "landmarks": {"share": "none", "fisher_unit": "token", "gram_route": "nystrom"},
+}
+
+
+def gradients(layer: nn.Module, x: Tensor, **settings: object) -> list[Tensor]:
+    """Gradients of a layer's parameters with and, first, without coefficients."""
+    torch.manual_seed(1)
+    weights = torch.randn(layer(x).shape, dtype=x.dtype)
+    optimizer = create_fngd_optimizer(
+        nn.ModuleDict({"layer": layer}), lr=0.0, target_modules="layer", **settings
+    )
+    (layer(x) * weights).sum().backward()
+    found = [p.grad.clone() for p in layer.parameters()]
+    optimizer.zero_grad()
+    optimizer.detach()
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_full_precision_but_for_rounding(
+    name: str, settings: dict[str, object]
+) -> None:
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    full = gradients(layer, x, **settings)
+    low = gradients(layer, x, gram_dtype="bfloat16", **settings)
+    for one, other in zip(full, low, strict=True):
+        assert other.dtype is torch.float64
+        assert not torch.equal(one, other)
+        assert (one - other).norm() < TOLERANCE * one.norm()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_weighted_gradient_itself_is_not_rounded(
+    name: str, settings: dict[str, object]
+) -> None:
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    # Damping makes every coefficient 1.
+    full = gradients(layer, x, damping=1e12, **settings)
+    low = gradients(layer, x, damping=1e12, gram_dtype="bfloat16", **settings)
+    for one, other in zip(full, low, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("route", ["direct", "hadamard"])
+def test_sums_go_beyond_what_bfloat16_can_count(route: str) -> None:
+    # Its ones stop adding up at 256; 1003 is not among its numbers.
+    a = torch.ones(1, 2, 1, 1, dtype=torch.bfloat16)
+    g = torch.ones(1, 2, 1, 1003, dtype=torch.bfloat16)
+    if route == "hadamard":
+        a, g = torch.ones(1003, 2, 1, 1).bfloat16(), torch.ones(1003, 2, 1, 1).bfloat16()
+    found = sample_gram(a, g, bias=False, route=route, memory_bytes=4)
+    assert found.matrix.dtype is torch.float32
+    assert found.matrix.tolist() == [[1003.0] * 2] * 2
+
+
+def test_norms_and_token_products_are_float32() -> None:
+    a, g = torch.ones(1003, 2, 1, 1).bfloat16(), torch.ones(1003, 2, 1, 1).bfloat16()
+    matrix = token_gram(a, g, a, g, bias=False)
+    assert matrix.dtype is torch.float32
+    assert matrix.diagonal().tolist() == token_norms(a, g, bias=False).tolist() == [1003.0] * 2
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None], ids=str)
+def test_auto_takes_the_precision_of_the_gradients(autocast: torch.dtype | None) -> None:
+    results = []
+    for dtype in ("auto", "bfloat16", "float32"):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(7, 5), torch.randn(6, 4, 7)
+        create_fngd_optimizer(
+            nn.ModuleDict({"layer": layer}),
+            lr=0.0,
+            target_modules="layer",
+            share="none",
+            gram_dtype=dtype,
+            damping=0.1,
+        )
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            layer(x).float().square().mean().backward()
+        assert layer.weight.grad.dtype is torch.float32
+        results.append(layer.weight.grad)
+    auto, low, full = results
+    assert torch.equal(auto, low if autocast is torch.bfloat16 else full)
+    assert not torch.equal(low, full)
+    assert (low - full).norm() < TOLERANCE * full.norm()
