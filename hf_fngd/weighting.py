@@ -194,8 +194,8 @@ class LayerState(TrackedLayer[FNGDState]):
         x = calls[0][0]
         features = self.adapter.input_features(x)
         inputs = draws.features(features, config.gram_inputs, x.device, stream=1)
-        low = {"auto": x.dtype == torch.bfloat16, "bfloat16": True, "float32": False}
-        dtype = torch.bfloat16 if low[config.gram_dtype] else None
+        low = x.dtype if config.gram_dtype == "auto" else getattr(torch, config.gram_dtype)
+        dtype = torch.bfloat16 if low == torch.bfloat16 else None
         a, g = gather_calls(self.adapter, calls, batch.lengths, inputs, dtype)
         _, n, t, _ = a.shape
         kappa = n * state.accumulation

@@ -28,6 +28,15 @@ MEMORY = {
 }
 
 
+def _heads(*columns: str) -> list[str]:
+    return ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+
+
+def _row(report: Mapping[str, Any], *cells: str | float) -> str:
+    words = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
+    return f"| {_shape(report['workload'])} | " + " | ".join(words) + " |"
+
+
 def costs() -> str:
     """Makes the table of step times by shape from the benchmark results.
 
@@ -80,15 +89,6 @@ def _step_times() -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files]
 
 
-def _heads(*columns: str) -> list[str]:
-    return ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
-
-
-def _row(report: Mapping[str, Any], *cells: str | float) -> str:
-    words = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
-    return f"| {_shape(report['workload'])} | " + " | ".join(words) + " |"
-
-
 def memory() -> str:
     """Makes the table of peak memory by shape from the benchmark results.
 
@@ -96,13 +96,12 @@ def memory() -> str:
         Markdown.
     """
     files = sorted((RESULTS / "memory").glob("*.json"))
-    lines = ["| | AdamW | " + " | ".join(MEMORY) + " |", "|---" * (len(MEMORY) + 2) + "|"]
+    lines = _heads("AdamW", *MEMORY)
     for file in files:
         report = json.loads(file.read_text())
         found = report["results"]
-        cells = [f"{found['adamw']['peak_mib']:.0f} MiB"]
-        cells += [f"{found[name]['ratio']:.2f}" for name in MEMORY.values()]
-        lines.append(f"| {_shape(report['workload'])} | " + " | ".join(cells) + " |")
+        ratios = [found[name]["ratio"] for name in MEMORY.values()]
+        lines.append(_row(report, f"{found['adamw']['peak_mib']:.0f} MiB", *ratios))
     return "\n".join(lines)
 
 
@@ -220,7 +219,7 @@ def convolutions() -> str:
     """
     report = json.loads((RESULTS / "conv_estimates.json").read_text())
     names = [name for name in next(iter(report["results"].values())) if name != "layer"]
-    lines = ["| | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    lines = _heads(*names)
     for layer, rows in report["results"].items():
         ratios = " | ".join(f"{rows[name]['median_ratio']:.2f}" for name in names)
         lines.append(f"| {layer} | {ratios} |")
@@ -235,7 +234,7 @@ def growth() -> str:
     """
     report = json.loads((RESULTS / "growth.json").read_text())
     columns = ("AdamW", "later epochs", "first epoch", "first epoch adds")
-    lines = ["| | from | to | " + " | ".join(columns) + " |", "|---" + "|---:" * 6 + "|"]
+    lines = _heads("from", "to", *columns)
     for name, series in report["results"].items():
         sizes = [row["size"] for row in series["measurements"]]
         found = series["exponents"]

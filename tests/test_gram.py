@@ -90,8 +90,8 @@ def test_chosen_route_has_the_fewest_counted_operations(
         with FlopCounterMode(display=False) as counter:
             sample_gram(a, g, bias=False, route=route, memory_bytes=2**40)
         flops[route] = counter.get_total_flops()
-    # The rule counts whole matrices; their symmetry saves a route up to three eighths.
-    assert flops[choose_route(n, t, d_in, d_out)] <= 8 / 5 * min(flops.values())
+    # The rule counts whole matrices; their symmetry saves either route some of it.
+    assert flops[choose_route(n, t, d_in, d_out)] <= 4 / 3 * min(flops.values())
 
 
 def test_both_routes_are_chosen() -> None:
