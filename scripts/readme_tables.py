@@ -6,12 +6,9 @@ python scripts/readme_tables.py            # rewrites README.md
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 
 from readme_costs import (
     RESULTS,
@@ -27,13 +24,11 @@ from readme_costs import (
     rules,
     store,
 )
+from readme_reports import REPORTS, ROOT, reports, summary
 
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 from hf_fngd.methods.base import PreconditionerConfig
 from hf_fngd.settings import OptimizerConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # Heading, and the classes of which the last one's settings are shown, but for those of the first.
 CONFIGS = {
@@ -44,32 +39,6 @@ CONFIGS = {
     "Eva": (PreconditionerConfig, EvaConfig),
     "TENGraD": (PreconditionerConfig, TENGraDConfig),
     "SENG": (PreconditionerConfig, SENGConfig),
-}
-
-
-# Mark in README, and titles of the reports shown there. Those of `comparison` were timed.
-REPORTS = {
-    "comparison": {
-        "compare_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
-        "compare_multi30k": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, "
-        "5 epochs",
-    },
-    "quality": {
-        "quality_finetune": "Fine-tuning a Marian of width 128 (trained on Tatoeba) on 2,000 pairs "
-        "of Multi30K en-de, 5 epochs",
-        "quality_scratch": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, "
-        "10 epochs; searched with 3,000 pairs and 188 steps",
-    },
-    "ablation": {
-        "ablation_finetune": "The same fine-tuning, at the settings that were found for `sgd_rms`",
-    },
-    "leave_one_out": {
-        "quality_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 3 epochs",
-        "ablation_cifar10": "The same training, one setting for all but the learning rate of `rms`",
-        "ablation_cifar10_wide": "The same at width 32",
-        "ablation_scratch": "Multi30K en-de from scratch, 3,000 pairs, 188 steps, at settings that "
-        "were found for `sgd_rms` and Muon",
-    },
 }
 
 
@@ -88,38 +57,6 @@ def settings() -> str:
                 text = one.metadata["help"].replace("|", "\\|")
                 lines.append(f"| `{one.name}` | `{one.default}` | {text} |")
     return "\n".join(lines)
-
-
-def reports(titles: Mapping[str, str], timed: bool) -> str:
-    """Makes short tables of comparisons from their reports.
-
-    Args:
-        titles: Folder of each under the results, and what it is.
-        timed: Whether seconds are shown.
-
-    Returns:
-        Markdown.
-    """
-    parts = []
-    for name, title in titles.items():
-        folder = RESULTS / name
-        lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
-        # The first table; one of equal time may follow.
-        begin = next(i for i, line in enumerate(lines) if line.startswith("|"))
-        first = itertools.takewhile(lambda line: line.startswith("|"), lines[begin:])
-        table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in first]
-        kept = [i for i, cell in enumerate(table[0]) if _is_shown(cell.strip(), timed)]
-        made = [row for row in table if not any(cell.strip().startswith("0 of ") for cell in row)]
-        rows = ["| " + " | ".join(row[i].strip() for i in kept) + " |" for row in made]
-        rows[1] = "|---" * len(kept) + "|"
-        place = folder.relative_to(ROOT).as_posix()
-        links = f"[whole table]({place}/table.md)"
-        if (folder / "search.md").exists():
-            links += f", [every trial]({place}/search.md)"
-        parts += [f"**{title}** ({links}):", "", *rows, ""]
-        if (folder / "curves.png").exists():
-            parts += [f"![curves]({place}/curves.png)", ""]
-    return "\n".join(parts).rstrip()
 
 
 def sharing() -> str:
@@ -141,12 +78,6 @@ def sharing() -> str:
                 cells = " | ".join(f"{row[column]:.2f}" for column in columns)
                 lines.append(f"| {kind} | {row['epochs']} epochs | {row['damping']:g} | {cells} |")
     return "\n".join(lines)
-
-
-def _is_shown(column: str, timed: bool) -> bool:
-    if column == "s / step" or column.startswith("against "):
-        return timed
-    return column in ("optimizer", "final runs") or column.startswith(("test ", "eval_"))
 
 
 def support() -> str:
@@ -193,6 +124,7 @@ def fill(text: str) -> str:
         methods,
         sharing,
         support,
+        summary,
     ):
         tables[make.__name__] = make()
     for name, titles in REPORTS.items():

@@ -63,7 +63,7 @@ BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "o
 # Folders of results, of which the commands with these plans make the report alone.
 PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune",
          "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch",
-         "ablation_cifar10_wide", "quality_lora")  # fmt: skip
+         "ablation_cifar10_wide", "quality_lora", "paper_setting")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
@@ -249,7 +249,7 @@ LEFT = {
     "--output_dir runs/mine": ["runs/mine/README.md"],
     "scripts/multi30k_finetune.json$": ["runs/multi30k-finetune-fngd/README.md"],
     "--output_dir runs/multi30k-finetune-sgd": ["runs/multi30k-finetune-sgd/README.md"],
-    "scripts/cifar10_small.json$": ["runs/cifar10-resnet18-small-fngd/coefficients.png"],
+    "scripts/cifar10_small.json$": ["runs/cifar10-resnet18-small-fngd/metrics.json"],
     "--output_dir runs/cifar10-resnet18-small-sgd": ["runs/cifar10-resnet18-small-sgd/README.md"],
     "scripts/multi30k.json": ["runs/multi30k-marian-small-fngd/coefficients.png"],
     "scripts/tatoeba.json": ["runs/tatoeba-marian-small/README.md"],

@@ -22,29 +22,34 @@ _BEYOND = 0.005
 
 
 def plot(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], objective: str) -> None:
-    """Draws two rows of two panels: the mean over the seeds, and a band from lowest to highest.
+    """Draws training loss and objective: mean over the seeds, and a band from lowest to highest.
+
+    What no run logged has no panels.
 
     Args:
         path: PNG file.
         series: For each label, results of final runs that ended well.
         objective: Name of the validation objective.
     """
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    rows = (("loss", "training loss"), (objective, f"validation: {objective}"))
-    for (key, name), (left, right) in zip(rows, panels, strict=True):
+    rows = {"loss": "training loss", objective: f"validation: {objective}"}
+    logged = [key for key in rows if any(points(runs, key)[0].size for runs in series.values())]
+    shown = logged or ["loss"]
+    size = (11, 4 * len(shown))
+    figure, panels = pyplot.subplots(
+        len(shown), 2, figsize=size, layout="constrained", squeeze=False
+    )
+    for key, (left, right) in zip(shown, panels, strict=True):
         for index, (label, runs) in enumerate(series.items()):
             steps, seconds, values = points(runs, key)
             style = {"color": f"C{index}", "linestyle": ("-", "--")[index // 10 % 2]}
             _draw(left, steps, values, label, style)
             _draw(right, seconds, values, label, style)
-        left.set(xlabel="step", ylabel=name)
-        right.set(xlabel="seconds of training", ylabel=name)
+        left.set(xlabel="step", ylabel=rows[key])
+        right.set(xlabel="seconds of training", ylabel=rows[key])
         for axes in (left, right):
             axes.grid(alpha=0.3)
-    # Runs shorter than their logging steps have no training loss.
-    drawn = [axes for axes in panels.flat if axes.lines]
-    if drawn:
-        drawn[0].legend()
+    if logged:
+        panels[0, 0].legend()
     _save(figure, path)
 
 

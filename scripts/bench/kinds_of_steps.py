@@ -56,6 +56,7 @@ VARIANTS: dict[str, Variant] = {
     "sgd": Variant(),
     "adamw": Variant(),
     "muon": Variant({"method": "plain", "update_rule": "muon"}),
+    "sgd_rms": Variant({"method": "plain", "update_rule": "sgd", "update_scale": "rms"}),
     "fngd": Variant(
         {"method": "fngd", "update_scale": "none"},
         {"later epochs": {"reuse": 1.0}, "first epoch": {"collect": 1.0}},
