@@ -30,6 +30,9 @@ REPORTS = {
         "paper_setting": "Multi30K en-de, 6,000 pairs, Marian of width 128 with 6 + 6 layers from "
         "scratch, 5 epochs; searched with 3,000 pairs and 188 steps",
     },
+    "noise": {
+        "noise_finetune": "The same fine-tuning with 20 % or 40 % of the pairs misaligned",
+    },
     "ablation": {
         "ablation_finetune": "The same fine-tuning, at the settings that were found for `sgd_rms`",
     },
