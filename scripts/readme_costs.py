@@ -28,7 +28,15 @@ MEMORY = {
 }
 
 
-def _heads(*columns: str) -> list[str]:
+def table_head(*columns: str) -> list[str]:
+    """Begins a Markdown table whose first column has no name.
+
+    Args:
+        columns: Names of the others, which hold numbers.
+
+    Returns:
+        Its first two lines.
+    """
     return ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
 
 
@@ -43,7 +51,7 @@ def costs() -> str:
     Returns:
         Markdown.
     """
-    lines = _heads("AdamW", *COSTS)
+    lines = table_head("AdamW", *COSTS)
     for report in _step_times():
         seconds = report["results"]["adamw"]["median_seconds"]
         ratios = [report["results"][name]["median_ratio"] for name in COSTS.values()]
@@ -58,7 +66,7 @@ def first_epochs() -> str:
     Returns:
         Markdown.
     """
-    lines = _heads(*FIRST, *(f"ten epochs, {how}" for how in list(FIRST)[::3]))
+    lines = table_head(*FIRST, *(f"ten epochs, {how}" for how in list(FIRST)[::3]))
     for report in _step_times():
         found = {name: row["median_ratio"] for name, row in report["results"].items()}
         firsts = [found[name] for name in FIRST.values()]
@@ -96,7 +104,7 @@ def memory() -> str:
         Markdown.
     """
     files = sorted((RESULTS / "memory").glob("*.json"))
-    lines = _heads("AdamW", *MEMORY)
+    lines = table_head("AdamW", *MEMORY)
     for file in files:
         report = json.loads(file.read_text())
         found = report["results"]
@@ -219,7 +227,7 @@ def convolutions() -> str:
     """
     report = json.loads((RESULTS / "conv_estimates.json").read_text())
     names = [name for name in next(iter(report["results"].values())) if name != "layer"]
-    lines = _heads(*names)
+    lines = table_head(*names)
     for layer, rows in report["results"].items():
         ratios = " | ".join(f"{rows[name]['median_ratio']:.2f}" for name in names)
         lines.append(f"| {layer} | {ratios} |")
@@ -234,7 +242,7 @@ def growth() -> str:
     """
     report = json.loads((RESULTS / "growth.json").read_text())
     columns = ("AdamW", "later epochs", "first epoch", "first epoch adds")
-    lines = _heads("from", "to", *columns)
+    lines = table_head("from", "to", *columns)
     for name, series in report["results"].items():
         sizes = [row["size"] for row in series["measurements"]]
         found = series["exponents"]

@@ -168,6 +168,11 @@ def test_the_advice_is_so():
         for label in ("fngd_loo_fresh", "tengrad")
     }
     assert [(len(one), round(mean(one), 2)) for one in timed.values()] == [(3, 0.47), (3, 0.55)]
+    assert "AdamW, Muon and plain SGD end within 0.3 BLEU of it on both test sets" in README
+    for name in ("bleu", "bleu_test_2017_flickr"):
+        rms = mean(scores("quality_finetune", "sgd_rms", name))
+        for label in ("adamw", "muon", "sgd"):
+            assert abs(mean(scores("quality_finetune", label, name)) - rms) < 0.3
     gain = {
         name: mean(scores("ablation_finetune", "rms_fresh_0.1", name))
         - mean(scores("ablation_finetune", "rms", name))
@@ -362,11 +367,15 @@ def test_what_is_said_of_cost_is_so():
         rows = json.loads(path.read_text())["results"]
         found[path.stem] = {
             "later": [row["median_ratio"] for name, row in rows.items() if "later" in name],
+            "fngd_adamw": rows["fngd_adamw later epochs"]["median_ratio"],
             "first": (first := rows["fngd_adamw first epoch"])["median_ratio"],
             "work": first["flops"] / rows["adamw"]["flops"],
             "ten": 0.9 * rows["fngd_adamw later epochs"]["median_ratio"]
             + 0.1 * first["median_ratio"],
         }
+    assert "takes 0.99 to 1.04 of AdamW's with `fngd_adamw`" in README
+    adamw = [one["fngd_adamw"] for one in found.values()]
+    assert [round(edge(adamw), 2) for edge in (min, max)] == [0.99, 1.04]
     low = [found.pop(name) for name in list(found) if name.endswith("bf16")]
     assert round(max(max(one["later"]) for one in low), 2) == 1.08
     later = [ratio for one in found.values() for ratio in one["later"]]

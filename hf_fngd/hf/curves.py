@@ -31,21 +31,23 @@ def plot(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], objectiv
         series: For each label, results of final runs that ended well.
         objective: Name of the validation objective.
     """
-    rows = {"loss": "training loss", objective: f"validation: {objective}"}
-    logged = [key for key in rows if any(points(runs, key)[0].size for runs in series.values())]
+    names = {"loss": "training loss", objective: f"validation: {objective}"}
+    drawn = {key: [points(runs, key) for runs in series.values()] for key in names}
+    logged = [key for key in names if any(steps.size for steps, _, _ in drawn[key])]
     shown = logged or ["loss"]
     size = (11, 4 * len(shown))
     figure, panels = pyplot.subplots(
         len(shown), 2, figsize=size, layout="constrained", squeeze=False
     )
     for key, (left, right) in zip(shown, panels, strict=True):
-        for index, (label, runs) in enumerate(series.items()):
-            steps, seconds, values = points(runs, key)
+        for index, (label, (steps, seconds, values)) in enumerate(
+            zip(series, drawn[key], strict=True)
+        ):
             style = {"color": f"C{index}", "linestyle": ("-", "--")[index // 10 % 2]}
             _draw(left, steps, values, label, style)
             _draw(right, seconds, values, label, style)
-        left.set(xlabel="step", ylabel=rows[key])
-        right.set(xlabel="seconds of training", ylabel=rows[key])
+        left.set(xlabel="step", ylabel=names[key])
+        right.set(xlabel="seconds of training", ylabel=names[key])
         for axes in (left, right):
             axes.grid(alpha=0.3)
     if logged:

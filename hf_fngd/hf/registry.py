@@ -51,6 +51,32 @@ def optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+def split_words(text: str) -> dict[str, str]:
+    """Splits settings as `--optim_args` writes them.
+
+    Args:
+        text: name=value, several with commas; empty: none.
+
+    Returns:
+        Values as text, by name.
+
+    Raises:
+        FNGDError: For what is not name=value, and for a name given twice.
+    """
+    values: dict[str, str] = {}
+    for item in filter(None, text.replace(" ", "").split(",")):
+        name, separator, value = item.partition("=")
+        if not (name and separator and value) or "=" in value:
+            raise FNGDError(
+                f'optim_args: {item!r} is not name=value; write --optim_args "damping=0.1,share='
+                "sample\", with '|' between the entries of a list"
+            )
+        if name in values:
+            raise FNGDError(f"optim_args: {name} is given twice: leave one out")
+        values[name] = value
+    return values
+
+
 def config_from_args(args: TrainingArguments) -> OptimizerConfig:
     """Reads the optimizer's settings from `--optim`, `--optim_args` and `--optim_target_modules`.
 
@@ -64,17 +90,7 @@ def config_from_args(args: TrainingArguments) -> OptimizerConfig:
     Raises:
         FNGDError: For malformed text, unknown names, bad values, or settings given twice.
     """
-    values: dict[str, str] = {}
-    for item in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
-        name, separator, value = item.partition("=")
-        if not (name and separator and value) or "=" in value:
-            raise FNGDError(
-                f'optim_args: {item!r} is not name=value; write --optim_args "damping=0.1,share='
-                "sample\", with '|' between the entries of a list"
-            )
-        if name in values:
-            raise FNGDError(f"optim_args: {name} is given twice: leave one out")
-        values[name] = value
+    values = split_words(args.optim_args or "")
     overrides: dict[str, Any] = {
         "adam_beta1": args.adam_beta1,
         "adam_beta2": args.adam_beta2,

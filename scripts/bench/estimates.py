@@ -29,6 +29,7 @@ from transformers import HfArgumentParser
 from workload import write_results
 
 from hf_fngd import FNGDConfig, create_fngd_optimizer
+from hf_fngd.hf.registry import split_words
 
 
 @dataclass
@@ -61,7 +62,7 @@ def settings(words: str) -> dict[str, Any]:
     Returns:
         Values by name.
     """
-    pairs = dict(word.split("=", 1) for word in words.split(",") if word)
+    pairs = split_words(words)
     config = FNGDConfig.from_strings(pairs)
     return {name: getattr(config, name) for name in pairs}
 
