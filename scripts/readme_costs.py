@@ -1,4 +1,4 @@
-"""Tables of README.md on time and memory, from the committed results of the benchmarks."""
+"""Tables on time and memory, from the committed results of the benchmarks."""
 
 from __future__ import annotations
 

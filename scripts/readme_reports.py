@@ -1,4 +1,4 @@
-"""Tables of the comparisons in README.md, from the pages that `compare_optimizers.py` wrote."""
+"""Tables of the comparisons, from the pages that `compare_optimizers.py` wrote."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from readme_costs import RESULTS, table_head
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-# Mark in README, and titles of the reports shown there. Those of `comparison` were timed.
+# Mark in scripts/plans/README.md, and titles of the reports. Those of `comparison` were timed.
 REPORTS = {
     "comparison": {
         "compare_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
@@ -112,7 +108,7 @@ def reports(titles: Mapping[str, str], timed: bool) -> str:
         kept = [head for head in rows[0] if _is_shown(head, timed)]
         lines = ["| " + " | ".join(kept) + " |", "|---" * len(kept) + "|"]
         lines += ["| " + " | ".join(row[head] for head in kept) + " |" for row in rows]
-        place = folder.relative_to(ROOT).as_posix()
+        place = f"../bench/results/{name}"
         links = f"[whole table]({place}/table.md)"
         if (folder / "search.md").exists():
             links += f", [every trial]({place}/search.md)"

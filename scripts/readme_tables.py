@@ -1,6 +1,6 @@
-"""Writes the tables of README.md that come from the code and from committed result files.
+"""Writes the tables of the pages that come from the code and from committed result files.
 
-python scripts/readme_tables.py            # rewrites README.md
+python scripts/readme_tables.py            # rewrites README.md and those under scripts
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ast
 import json
 import re
 from dataclasses import fields
+from pathlib import Path
 
 from readme_costs import (
     RESULTS,
@@ -24,12 +25,14 @@ from readme_costs import (
     rules,
     store,
 )
-from readme_reports import REPORTS, ROOT, reports, summary
+from readme_reports import REPORTS, reports, summary
 
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 from hf_fngd.methods.base import PreconditionerConfig
 from hf_fngd.settings import OptimizerConfig
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "scripts/bench/README.md", "scripts/plans/README.md")
 # Heading, and the classes of which the last one's settings are shown, but for those of the first.
 CONFIGS = {
     "all methods": (object, OptimizerConfig),
@@ -103,7 +106,7 @@ def fill(text: str) -> str:
     """Puts the tables between their marks.
 
     Args:
-        text: README.md.
+        text: A page.
 
     Returns:
         The text with present tables.
@@ -138,5 +141,5 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in (ROOT / name for name in PAGES):
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

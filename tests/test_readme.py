@@ -1,47 +1,50 @@
-"""The front page agrees with the code and with the committed results."""
+"""The front page and those of the studies agree with the code and with the committed results."""
 
 import json
 import re
 import shutil
-from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 from huggingface_hub import ModelCard
 
 from tests.card_rules import faults_of
+from tests.pages import PAGES, ROOT, SAID
 from tests.script_utils import script
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Page, and what a link of it says: a path from the page's folder, an anchor, or both.
+LINKS = sorted(
+    {(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^):]+)\)", text)}
+)
 
 
 def test_tables_are_those_of_the_code_and_the_result_files():
     with script(ROOT / "scripts" / "readme_tables.py") as tables:
-        assert tables.fill(README) == README, "run python scripts/readme_tables.py"
-    assert "| `damping` | `0.1` |" in README and "Peak memory of a process" in README
+        assert tables.PAGES == tuple(PAGES)
+        for text in PAGES.values():
+            assert tables.fill(text) == text, "run python scripts/readme_tables.py"
+    assert "| `damping` | `0.1` |" in SAID and "Peak memory of a process" in SAID
 
 
 def test_table_of_what_works_names_tests_that_exist():
-    rows = re.findall(r"^\| (.+) \| (works|slower|refused).* \| `(\w+)::(\w+)` \|$", README, re.M)
+    rows = re.findall(
+        r"^\| (.+) \| (works|slower|refused).* \| `(\w+)::(\w+)` \|$", PAGES["README.md"], re.M
+    )
     assert len(rows) > 30 and len({feature for feature, *_ in rows}) == len(rows)
     for _, _, file, test in rows:
         source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
         assert re.search(rf"^def {test}\(", source, re.M)
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_links_lead_to_files(link):
-    assert (ROOT / link).exists()
-
-
-def test_links_lead_to_headings():
-    headings = re.findall(r"^#+ (.*)$", README, re.M)
-    anchors = {
-        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
-    }
-    links = set(re.findall(r"\]\(#([^)]+)\)", README))
-    assert links and links <= anchors
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_links_lead_to_files_and_headings(page, link):
+    path, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / path if path else ROOT / page
+    assert target.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+        known = {re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-") for one in headings}
+        assert anchor in known
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda p: p.name)
@@ -98,7 +101,7 @@ def test_cards_of_fngd_and_of_its_baseline_name_each_other(folder, baseline):
 
 
 def test_what_is_said_of_the_comparison_is_so():
-    assert "FNGD is behind plain SGD" in README and "Muon is\n  ahead of everything" in README
+    assert "FNGD is behind plain SGD" in SAID and "Muon is ahead of everything" in SAID
     for name, metric in (("cifar10", "test_accuracy"), ("multi30k", "bleu")):
         runs = ROOT / "scripts" / "bench" / "results" / f"compare_{name}" / "runs"
         means = {}
@@ -133,7 +136,7 @@ def test_what_is_said_of_the_store_is_so():
 
 
 def test_what_is_said_of_old_coefficients_is_so():
-    assert "further away, at every damping" in README and "nearer at λ = 0.1" in README
+    assert "further away, at every damping" in SAID and "nearer at λ = 0.1" in SAID
     later = {}
     for name in ("", "_finetune"):
         file = ROOT / "scripts" / "bench" / "results" / f"coefficient_noise{name}.json"
@@ -156,9 +159,7 @@ def scores(plan, label, name, kind="final"):
 
 def test_the_advice_is_so():
     said = "0.64 of accuracy where tuned SGD has 0.50, in 1.1 times its seconds"
-    assert (
-        said in README and "in SGD's own seconds it has 0.47, and `--optim tengrad` 0.55" in README
-    )
+    assert said in SAID and "in SGD's own seconds it has 0.47, and `--optim tengrad` 0.55" in SAID
     found = {label: scores("quality_cifar10", label, "test_accuracy") for label in ("muon", "sgd")}
     assert [(len(one), round(mean(one), 2)) for one in found.values()] == [(3, 0.64), (3, 0.5)]
     muon, sgd = (mean(scores("quality_cifar10", label, "train_seconds")) for label in found)
@@ -168,7 +169,7 @@ def test_the_advice_is_so():
         for label in ("fngd_loo_fresh", "tengrad")
     }
     assert [(len(one), round(mean(one), 2)) for one in timed.values()] == [(3, 0.47), (3, 0.55)]
-    assert "AdamW, Muon and plain SGD end within 0.3 BLEU of it on both test sets" in README
+    assert "AdamW, Muon and plain SGD end within 0.3 BLEU of it on both test sets" in SAID
     for name in ("bleu", "bleu_test_2017_flickr"):
         rms = mean(scores("quality_finetune", "sgd_rms", name))
         for label in ("adamw", "muon", "sgd"):
@@ -186,7 +187,7 @@ def test_what_is_said_of_the_papers_setting_is_so():
     found = {label: scores("paper_setting", label, "bleu") for label in labels}
     adamw, own, sgd, fngd, layer, rms = (round(mean(one), 1) for one in found.values())
     for said in (
-        f"{fngd} against {adamw} [in a setting like\nits]",
+        f"{fngd} against {adamw} [in a setting like its]",
         f"{own}, and SGD without coefficients has {sgd}.",
         f"AdamW has {adamw} BLEU after five epochs",
         f"after the same search, {own}.",
@@ -194,7 +195,7 @@ def test_what_is_said_of_the_papers_setting_is_so():
         f"number a layer does as well ({layer})",
         f"without any ({rms}, one seed)",
     ):
-        assert said in README, said
+        assert said in SAID, said
     assert [len(found[label]) for label in ("fngd", "sgd", "sgd_rms")] == [3, 3, 1]
     spread = stdev(found["fngd"])
     assert all(abs(one - fngd) < spread for one in (sgd, layer, rms)) and own > fngd
@@ -203,14 +204,14 @@ def test_what_is_said_of_the_papers_setting_is_so():
     runs = ROOT / "scripts" / "bench" / "results" / "paper_setting" / "runs"
     trials = [json.loads(path.read_text()) for path in runs.glob("*/search-*.json")]
     stuck = sum(6.2 < run["objective"] < 6.3 for run in trials)
-    assert (len(trials), f"{stuck} of the 56 trials" in README) == (56, True)
+    assert (len(trials), f"{stuck} of the 56 trials" in SAID) == (56, True)
     times = json.loads((runs.parents[1] / "methods_resnet18.json").read_text())["results"]
     ratio = times["kfac, inverse every 10"]["seconds"] / times["fngd, later epochs"]["seconds"]
-    assert f"{ratio:.1f} of FNGD's (the paper: 2.05 to 2.07)" in README
+    assert f"{ratio:.1f} of FNGD's (the paper: 2.05 to 2.07)" in SAID
 
 
 def test_what_is_said_of_misaligned_pairs_is_so():
-    assert "in 56 of 100 cases, that of the second\n  in 49 and 50, that of the third" in README
+    assert "in 56 of 100 cases, that of the second in 49 and 50, that of the third" in SAID
     auc, bleu, loss = {}, {}, {}
     for share in (20, 40):
         kinds = ("plain", "collect0", "collect1", "collect2")
@@ -221,12 +222,12 @@ def test_what_is_said_of_misaligned_pairs_is_so():
                 auc[kind] = round(scores("noise_finetune", kind, "misaligned")[0]["auc"], 2)
     assert list(auc.values()) == [0.56, 0.5, 0.45, 0.56, 0.49, 0.47]
     gains = [round(bleu[f"noise{n}_collect0"] - bleu[f"noise{n}_plain"], 1) for n in (20, 40)]
-    assert gains == [0.1, 0.6] and "(0.1 with 20 %, 0.6 with 40 %)" in README
+    assert gains == [0.1, 0.6] and "(0.1 with 20 %, 0.6 with 40 %)" in SAID
     assert all(loss[f"noise{n}_collect0"] > loss[f"noise{n}_plain"] for n in (20, 40))
 
 
 def test_what_is_said_of_fine_tuning_is_so():
-    assert "cost 0.8 on the second" in README and "standard deviation of each other" in README
+    assert "cost 0.8 on the second" in SAID and "standard deviation of each other" in SAID
     runs = ROOT / "scripts" / "bench" / "results" / "quality_finetune" / "runs"
     first, second, loss = {}, {}, {}
     for label in ("adamw", "muon", "sgd", "sgd_rms", "fngd_rms", "fngd_rms_fresh"):
@@ -242,11 +243,11 @@ def test_what_is_said_of_fine_tuning_is_so():
     assert min(*loss["fngd_rms"], *loss["fngd_rms_fresh"]) > max(loss["sgd_rms"])
     assert round(means["sgd_rms"] - means["fngd_rms_fresh"], 1) == 0.5
     assert round(second["sgd_rms"] - second["fngd_rms_fresh"], 1) == 0.4
-    assert "0.5 and 0.4: so it is not the sharing" in README
+    assert "0.5 and 0.4: so it is not the sharing" in SAID
 
 
 def test_what_is_said_of_equal_settings_is_so():
-    assert "gain 0.6 to 1.0 BLEU" in README and "gain\n  0.8 BLEU on one of two" in README
+    assert "gain 0.6 to 1.0 BLEU" in SAID and "gain 0.8 BLEU on one of two" in SAID
     labels = ("rms", "rms_fresh_0.1", "rms_sample_0.1")
     plain, fresh, kept = (
         {
@@ -264,26 +265,26 @@ def test_what_is_said_of_equal_settings_is_so():
     assert round(mean(gain["bleu"]), 1) == 0.8
     assert round(mean(gain["bleu_test_2017_flickr"]), 1) == 0.1
     means = {name: mean(kept[name]) - mean(plain[name]) for name in gain}
-    assert "gain 0.5 on the first\n  and lose 0.4" in README
+    assert "gain 0.5 on the first and lose 0.4" in SAID
     assert [round(change, 1) for change in means.values()] == [0.5, -0.4]
     assert min(fresh["objective"]) > max(plain["objective"])
 
 
 def test_what_is_said_of_leave_one_out_is_so():
     for words in (
-        "(0.48 against\n  0.51 test accuracy)",
+        "(0.48 against 0.51 test accuracy)",
         "(0.58; searched 0.60 against 0.50)",
         "takes 3.2 times SGD's seconds",
-        "gets\n  0.59 at 1.4 times",
+        "gets 0.59 at 1.4 times",
         "in the same seconds it is behind SGD",
-        "loss 4.16 without coefficients, 4.14 with\n  those of the batch, 4.10 without",
+        "loss 4.16 without coefficients, 4.14 with those of the batch, 4.10 without",
         "4.08 with positions",
-        "4.11 for AdamW, 4.13 for `sgd_rms` and\n  4.04",
-        "2.69 with and 2.72 without\n  leave-one-out, 2.68 without coefficients",
-        "best four of twelve trials on\n   CIFAR-10 had 0.04 to 0.5",
+        "4.11 for AdamW, 4.13 for `sgd_rms` and 4.04",
+        "2.69 with and 2.72 without leave-one-out, 2.68 without coefficients",
+        "best four of twelve trials on CIFAR-10 had 0.04 to 0.5",
         "ten points of accuracy over SGD in as many steps, at three times its seconds",
     ):
-        assert words in README, words
+        assert words in SAID, words
     equal = {
         label: scores("ablation_cifar10", label, "test_accuracy")
         for label in ("fresh", "sgd", "loo_fresh", "loo_layer_every10")
@@ -316,8 +317,8 @@ def test_what_is_said_of_leave_one_out_is_so():
     ]
     assert first == [4.16, 4.14, 4.10, 4.08]
     assert (
-        "(one seed) it takes 1.4 times SGD's seconds, and the gain is\n  smaller: 0.59 against 0.57"
-        in README
+        "(one seed) it takes 1.4 times SGD's seconds, and the gain is smaller: 0.59 against 0.57"
+        in SAID
     )
     wide = [
         {
@@ -361,7 +362,7 @@ def test_what_is_said_of_leave_one_out_is_so():
 
 def test_what_is_said_of_cost_is_so():
     for words in ("0.97 to 1.04 times", "up to 1.08 under", "0.99 to 1.15 of", "1.21 on ResNet-18"):
-        assert words in README
+        assert words in SAID
     found = {}
     for path in (ROOT / "scripts" / "bench" / "results" / "step_time").iterdir():
         rows = json.loads(path.read_text())["results"]
@@ -373,7 +374,7 @@ def test_what_is_said_of_cost_is_so():
             "ten": 0.9 * rows["fngd_adamw later epochs"]["median_ratio"]
             + 0.1 * first["median_ratio"],
         }
-    assert "takes 0.99 to 1.04 of AdamW's with `fngd_adamw`" in README
+    assert "takes 0.99 to 1.04 of AdamW's with `fngd_adamw`" in SAID
     adamw = [one["fngd_adamw"] for one in found.values()]
     assert [round(edge(adamw), 2) for edge in (min, max)] == [0.99, 1.04]
     low = [found.pop(name) for name in list(found) if name.endswith("bf16")]

@@ -1,4 +1,4 @@
-"""Every command of README.md runs, on tiny data and models, or is run by a test named here."""
+"""Every command of README.md and of the studies runs, small, or a test named here runs it."""
 
 import gzip
 import json
@@ -13,12 +13,11 @@ import pytest
 from hf_fngd import __main__ as runner
 from hf_fngd import gram
 from tests.hf_utils import tiny_marian
+from tests.pages import PAGES, ROOT
 from tests.script_utils import flat, script
 from tests.test_explain import config_of
 from tests.test_run_summarization import rows, tiny_t5
-from tests.test_runner import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 SCRIPTS = ROOT / "scripts"
 PROGRAMS = ("python", "torchrun", "accelerate", "make", "hf")
@@ -107,7 +106,7 @@ def commands(text):
     return list(dict.fromkeys(found))
 
 
-COMMANDS = commands(README)
+COMMANDS = commands("\n".join(PAGES.values()))
 
 
 def test_commands_are_found_wherever_they_stand():

@@ -12,9 +12,8 @@ import hf_fngd
 from hf_fngd.hf.callback import unwrap_fngd
 from tests import helpers
 from tests.hf_utils import arguments, pad_collator, tiny_marian, token_pairs
-from tests.test_runner import ROOT
+from tests.pages import PAGES, ROOT, SAID
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "scripts" / "bench" / "results"
 
 
@@ -92,7 +91,7 @@ EXAMPLES = {
     ),
     'method="kfac"': (of_another_method, lambda scope: scope["optimizer"].method == "kfac"),
 }
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft's own
@@ -105,7 +104,7 @@ def test_every_example_runs_and_does_what_it_says(code, tmp_path, monkeypatch):
 
 
 def test_caption_of_the_first_picture_is_so():
-    assert "(red) comes last here, and Muon\n(green) first" in README
+    assert "(red) comes last here, and Muon (green) first" in SAID
     means = {}
     for folder in (RESULTS / "compare_cifar10" / "runs").iterdir():
         found = [json.loads(path.read_text())["test"] for path in folder.glob("final-*.json")]
@@ -121,8 +120,8 @@ def test_what_is_said_of_damping_and_learning_rate_is_so():
         found.append([round(float(value), 1) for value in row])
     (rates, dampings) = zip(*found, strict=True)
     said = f"found at {rates[0]} (ResNet) and {rates[1]} (Transformer)"
-    assert said in " ".join(README.split())
-    assert f"the best had {dampings[0]} and {dampings[1]}" in README
+    assert said in SAID
+    assert f"the best had {dampings[0]} and {dampings[1]}" in SAID
     trials = (RESULTS / "compare_cifar10" / "search.md").read_text(encoding="utf-8")
     (trials,) = re.findall(r"## fngd\n(.*?)##", trials, re.DOTALL)
     scores = re.findall(r"^\| search-\d+ \| ([\d.]+) +\| [\d.]+ +\| \**([\d.]+)", trials, re.M)
@@ -130,7 +129,7 @@ def test_what_is_said_of_damping_and_learning_rate_is_so():
         [float(s) for d, s in scores if (float(d) < 0.5) is low] for low in (True, False)
     )
     assert len(scores) == 8 and max(small) < 0.7 * min(large)
-    assert "the best three of twelve trials had 0.05, 0.19 and 0.003" in README
+    assert "the best three of twelve trials had 0.05, 0.19 and 0.003" in SAID
     folder = RESULTS / "quality_finetune" / "runs" / "fngd_rms"
     runs = [json.loads(path.read_text()) for path in folder.glob("search-*.json")]
     runs.sort(key=lambda run: run["objective"])
