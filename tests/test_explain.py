@@ -70,9 +70,9 @@ def test_costs_follow_the_rule_of_the_gram_matrices(tmp_path):
     d_in, d_out = 4 * 9, 4
     assert cost.training == 3 * 5 * 16 * d_in * d_out
     assert cost.route == gram.choose_route(5, 16, d_in, d_out) == "direct"
-    assert cost.gram == 5 * d_in * d_out * (16 + 5)
+    assert cost.gram == gram.route_costs(5, 16, d_in, d_out)["direct"]
     few = layer_cost(selection, path, batch=5, positions=1)
-    assert few.route == "hadamard" and few.gram == 5 * 5 * (d_in + d_out)
+    assert few.route == "hadamard" and few.gram == (3 * 3 + 2 * 5) * (d_in + d_out)
     assert layer_cost(selection, path, batch=5, positions=0).gram == 0
 
 
@@ -86,8 +86,8 @@ def test_table_totals_and_settings(tmp_path, capsys):
     assert "16 layers chosen, 11 left out." in out
     assert "262144 rows: 16.0 MiB of main memory, 8.0 MiB with store_dtype=float16" in out
     assert "forward pass without" not in out
-    # Every layer is direct: N·d_in·d_out·(T + N) against 3·N·T·d_in·d_out.
-    assert f"first epoch only: {(5 + 4) / (3 * 5):.2f} times" in out
+    # Every layer is direct: d_in·d_out·(N·T + ¾N²) against 3·N·T·d_in·d_out.
+    assert f"first epoch only: {(4 * 5 + 12) / (3 * 4 * 5):.2f} times" in out
     assert settings(out).num_samples == 262144
 
 

@@ -17,6 +17,7 @@ from hf_fngd.layers import LinearAdapter
 from hf_fngd.methods.base import LayerCurvature, PreconditionerConfig
 from hf_fngd.methods.fisher_labels import FisherLabels
 from hf_fngd.methods.observer import CurvatureState, LayerObserver, rank_seed
+from hf_fngd.methods.step_length import kl_scale, with_norms_of
 from hf_fngd.ranks import average
 from hf_fngd.selection import Selection, select_layers
 
@@ -165,24 +166,12 @@ class PreconditionedOptimizer(LayerOptimizer):
     ) -> None:
         """Sets the length of the directions, by `step_control`; changes the list."""
         if self.config.step_control == "norm":
-            for i, (m, v) in enumerate(zip(means, directions, strict=True)):
-                ratio = m.norm() / v.norm()
-                directions[i] = v * torch.where(ratio.isfinite(), ratio, 1.0)
+            directions[:] = with_norms_of(means, directions)
         elif self.config.step_control == "kl_clip":
-            rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-            # lr²⟨V, FV⟩ is about lr²λ⟨V, M⟩, since (F + λI)V = λM.
-            change: Any = 0.0
-            for (_, module, _), m, v, damping in zip(
-                active, means, directions, dampings, strict=True
-            ):
-                # A weight that is in no group does not move.
-                rate = rates.get(id(module.get_parameter("weight")), 0.0)
-                part = rate**2 * damping * (v * m).sum().abs()
-                # Without curvature nothing is predicted, however large the gradient.
-                change = change + torch.where(damping > 0, part, 0.0)
-            scale = (self.config.kl_clip / change).sqrt().clamp(max=1.0)
-            # What overflows is more than any bound.
-            self._kl_scale = torch.where(scale.isnan(), 0.0, scale)
+            known = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+            # A weight that is in no group does not move.
+            rates = [known.get(id(m.get_parameter("weight")), 0.0) for _, m, _ in active]
+            self._kl_scale = kl_scale(self.config.kl_clip, rates, dampings, means, directions)
             directions[:] = [v * self._kl_scale.to(v.dtype) for v in directions]
 
     @staticmethod
