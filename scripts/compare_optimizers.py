@@ -5,7 +5,8 @@ r"""Compares optimizers: the same model, data, seeds, schedule and budget for ea
 Every optimizer gets the same number of search trials; the best setting by the validation objective
 then runs over several seeds and, if the plan names an optimizer under equal_time, once more for as
 many steps as fit into that one's seconds. One JSON file a run under RESULTS/runs, and from these
-table.md, search.md and curves.png. The same command goes on where it was stopped.
+table.md, search.md and curves.png: without seconds where the plan says `timed: false`, because
+other work ran beside it. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib import image
 
 from tests.test_runner import ROOT
 
@@ -467,6 +468,20 @@ def test_equal_time(bench):
     assert bench.run("--stage", "timed") == 0 and bench.calls()[count:] == ["fngd 2 True"]
 
 
+def test_seconds_that_mean_nothing_are_not_shown(bench):
+    assert bench.run() == 0, bench.said.err
+    assert bench.cells("fngd")["s / step"] != "–"
+    before = image.imread(bench.results / "curves.png").shape
+    bench.plan["timed"] = False
+    count = len(bench.calls())
+    assert bench.run() == 0 and len(bench.calls()) == count
+    cells = bench.cells("fngd")
+    assert not {"s / step", "against sgd", "training s"} & cells.keys() and "eval_loss" in cells
+    # Two panels in one row in place of two in two rows.
+    after = image.imread(bench.results / "curves.png").shape
+    assert after[1] == before[1] and after[0] * 2 == before[0]
+
+
 def test_plan_without_trials_runs_what_it_says(bench):
     first = {"optim": "plain", "settings": {"learning_rate": 0.5, "seed": 7}}
     second = {"optim": "fngd", "optim_args": {"damping": 2}, "settings": {"warmup_steps": 9}}
@@ -516,6 +531,8 @@ BAD = {
     "reserved": ({"base": {"output_dir": "x"}}, "base sets 'output_dir', .*remove it"),
     "test set": ({"search_overrides": {"do_predict": True}}, "search_overrides sets 'do_predict'"),
     "reference": ({"equal_time": "adam"}, "equal_time 'adam' is no label: choose sgd, fngd"),
+    "timed": ({"timed": "no"}, "timed must be true or false, not 'no'"),
+    "time of nothing": ({"equal_time": "sgd", "timed": False}, "equal_time needs seconds"),
     "base": ({"base": []}, "base must be a JSON object"),
     "label": ({"optimizers": {"../x": entry()["sgd"]}}, "optimizers.../x: a label is a folder"),
     "entry": ({"optimizers": entry(trials=9)}, "optimizers.sgd has an unknown name 'trials'"),

@@ -21,7 +21,12 @@ _MAX_GROUPS = 8
 _BEYOND = 0.005
 
 
-def plot(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], objective: str) -> None:
+def plot(
+    path: Path,
+    series: Mapping[str, Sequence[Mapping[str, Any]]],
+    objective: str,
+    timed: bool = True,
+) -> None:
     """Draws training loss and objective: mean over the seeds, and a band from lowest to highest.
 
     What no run logged has no panels.
@@ -30,25 +35,25 @@ def plot(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], objectiv
         path: PNG file.
         series: For each label, results of final runs that ended well.
         objective: Name of the validation objective.
+        timed: Whether both are drawn against seconds as well as against steps.
     """
     names = {"loss": "training loss", objective: f"validation: {objective}"}
     drawn = {key: [points(runs, key) for runs in series.values()] for key in names}
     logged = [key for key in names if any(steps.size for steps, _, _ in drawn[key])]
     shown = logged or ["loss"]
-    size = (11, 4 * len(shown))
+    scales = ("step", "seconds of training") if timed else ("step",)
+    # A row for each, or all in one row where each has one panel.
+    rows, columns = (len(shown), 2) if timed else (1, len(shown))
     figure, panels = pyplot.subplots(
-        len(shown), 2, figsize=size, layout="constrained", squeeze=False
+        rows, columns, figsize=(5.5 * columns, 4 * rows), layout="constrained", squeeze=False
     )
-    for key, (left, right) in zip(shown, panels, strict=True):
-        for index, (label, (steps, seconds, values)) in enumerate(
-            zip(series, drawn[key], strict=True)
-        ):
+    for key, part in zip(shown, panels.reshape(len(shown), -1), strict=True):
+        for index, (label, (*places, values)) in enumerate(zip(series, drawn[key], strict=True)):
             style = {"color": f"C{index}", "linestyle": ("-", "--")[index // 10 % 2]}
-            _draw(left, steps, values, label, style)
-            _draw(right, seconds, values, label, style)
-        left.set(xlabel="step", ylabel=names[key])
-        right.set(xlabel="seconds of training", ylabel=names[key])
-        for axes in (left, right):
+            for axes, place in zip(part, places, strict=False):
+                _draw(axes, place, values, label, style)
+        for axes, scale in zip(part, scales, strict=True):
+            axes.set(xlabel=scale, ylabel=names[key])
             axes.grid(alpha=0.3)
     if logged:
         panels[0, 0].legend()

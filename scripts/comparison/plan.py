@@ -17,7 +17,7 @@ OBJECTIVES = {"eval_loss": False, "eval_accuracy": True, "eval_bleu": True, "eva
 # The comparison sets these for each run.
 RESERVED = ("optim", "optim_args", "output_dir", "do_train", "do_eval", "do_predict")
 REQUIRED = ("script", "base", "optimizers", "trials", "final_seeds", "objective")
-OPTIONAL = ("seed", "search_overrides", "final_metrics", "equal_time")
+OPTIONAL = ("seed", "search_overrides", "final_metrics", "equal_time", "timed")
 
 
 class PlanError(ValueError):
@@ -50,6 +50,7 @@ class Plan:
     objective: str
     final_metrics: tuple[str, ...]
     equal_time: str | None
+    timed: bool
 
     @property
     def more_is_better(self) -> bool:
@@ -105,6 +106,14 @@ def load_plan(path: Path) -> Plan:
     reference = raw.get("equal_time")
     if reference is not None and reference not in optimizers:
         raise PlanError(f"equal_time {reference!r} is no label: choose {', '.join(optimizers)}")
+    timed = raw.get("timed", True)
+    if not isinstance(timed, bool):
+        raise PlanError(f"timed must be true or false, not {timed!r}")
+    if reference is not None and not timed:
+        raise PlanError(
+            "equal_time needs seconds, and timed=false says they mean nothing: "
+            "remove one of the two"
+        )
     trials = _whole("trials", raw["trials"], 0)
     return Plan(
         path=path,
@@ -120,6 +129,7 @@ def load_plan(path: Path) -> Plan:
         objective=objective,
         final_metrics=tuple(metrics),
         equal_time=reference,
+        timed=timed,
     )
 
 

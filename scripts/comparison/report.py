@@ -37,7 +37,7 @@ def write_report(plan: Plan, folder: Path) -> list[Path]:
     written = [folder / name for name in pages]
     series = {outcome.optimizer.label: outcome.usable for outcome in found if outcome.usable}
     if series:
-        plot(folder / "curves.png", series, plan.objective)
+        plot(folder / "curves.png", series, plan.objective, plan.timed)
         written.append(folder / "curves.png")
     return written
 
@@ -53,11 +53,8 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
     Returns:
         Markdown.
     """
-    first = found[0].numbers("seconds_per_step")
     rows = []
     for outcome in found:
-        step = outcome.numbers("seconds_per_step")
-        ratio = statistics.mean(step) / statistics.mean(first) if step and first else None
         status = [trial["status"] for trial in outcome.trials]
         row = {
             "optimizer": outcome.optimizer.label,
@@ -72,10 +69,9 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             plan.objective: spread(outcome.numbers("objective")),
             **({"AUC of γ": spread(_auc(outcome))} if any(map(_auc, found)) else {}),
             "training loss": spread(outcome.numbers("train_loss")),
-            "s / step": _mean(step),
-            f"against {found[0].optimizer.label}": NONE if ratio is None else f"{ratio:.2f}",
-            "training s": _mean(outcome.numbers("train_seconds")),
         }
+        if plan.timed:
+            row |= _seconds(outcome, found[0])
         if outcome.chosen:
             values, settings = outcome.chosen["searched"], outcome.chosen["settings"]
             rate = settings.get("learning_rate")
@@ -108,6 +104,16 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
         *_machine(found),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _seconds(outcome: Outcome, first: Outcome) -> dict[str, str]:
+    step, unit = (one.numbers("seconds_per_step") for one in (outcome, first))
+    ratio = statistics.mean(step) / statistics.mean(unit) if step and unit else None
+    return {
+        "s / step": _mean(step),
+        f"against {first.optimizer.label}": NONE if ratio is None else f"{ratio:.2f}",
+        "training s": _mean(outcome.numbers("train_seconds")),
+    }
 
 
 def _equal_time(plan: Plan, found: Sequence[Outcome]) -> list[str]:
