@@ -21,6 +21,11 @@ REPORTS = {
         "of Multi30K en-de, 5 epochs",
         "quality_scratch": "Multi30K en-de, 6,000 pairs, Marian of width 128 from scratch, "
         "10 epochs; searched with 3,000 pairs and 188 steps",
+        "quality_lora": "The same fine-tuning by LoRA adapters of rank 16",
+        "quality_small_batches": "The same fine-tuning in batches of 8, 3 epochs",
+    },
+    "quality_bleu": {
+        "quality_finetune_bleu": "The same fine-tuning, searched by BLEU on the validation set",
     },
     "paper": {
         "paper_setting": "Multi30K en-de, 6,000 pairs, Marian of width 128 with 6 + 6 layers from "
@@ -45,6 +50,8 @@ REPORTS = {
 # Folders of results, by column of the summary: its heading, and the score in it.
 TASKS = {
     "quality_finetune": ("fine-tuning: BLEU", "test bleu"),
+    "quality_small_batches": ("in batches of 8", "test bleu"),
+    "quality_lora": ("by LoRA", "test bleu"),
     "quality_scratch": ("from scratch: BLEU", "test bleu"),
     "quality_cifar10": ("CIFAR-10: accuracy", "test accuracy"),
 }

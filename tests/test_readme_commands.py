@@ -62,7 +62,8 @@ BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "o
 # Folders of results, of which the commands with these plans make the report alone.
 PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune",
          "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch",
-         "ablation_cifar10_wide", "quality_lora", "paper_setting", "noise_finetune")  # fmt: skip
+         "ablation_cifar10_wide", "quality_lora", "paper_setting", "noise_finetune",
+         "quality_small_batches", "quality_finetune_bleu")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
@@ -243,6 +244,7 @@ LEFT = {
     "--output_dir runs/demo-adamw": ["runs/demo-adamw/metrics.json"],
     "make bench": ["times/marian_512_b64.json", "b.json"],
     "growth": ["b.json", "b.png"],
+    "route_count": ["times/marian_512_b64.json"],
     "bench/estimates.py": ["b.json"],
     "run_translation.py --optim": ["stock/done0.json"],
     "--output_dir runs/mine": ["runs/mine/README.md"],
