@@ -54,13 +54,9 @@ def route_costs(n: int, t: int, d_in: int, d_out: int) -> dict[str, int]:
     Returns:
         Multiply-adds by route, exact where the workspace is not what bounds a block.
     """
-    block = _block_of(n)
-    ends = [min(i + block, n) for i in range(0, n, block)]
-    entries = sum((end - begin) * end for begin, end in zip([0, *ends], ends, strict=False))
-    half = _half(n)
     return {
-        "direct": d_in * d_out * (n * t + half * half + (n - half) * n),
-        "hadamard": entries * t * t * (d_in + d_out),
+        "direct": d_in * d_out * (n * t + _formed(n, _half(n))),
+        "hadamard": _formed(n, _block_of(n)) * t * t * (d_in + d_out),
     }
 
 
@@ -151,6 +147,12 @@ def _half(n: int) -> int:
 def _block_of(n: int) -> int:
     # Rows that the Hadamard route forms at once: four blocks leave out 3/8 of K, two 1/4.
     return max(-(-n // 4), min(_half(n), _LEAST_ROWS))
+
+
+def _formed(n: int, block: int) -> int:
+    # Entries of K where each block of rows goes no further than its own end.
+    slices = [range(n)[begin : begin + block] for begin in range(0, n, block)]
+    return sum(len(rows) * rows.stop for rows in slices)
 
 
 def _add_lower(matrix: Tensor, u: Tensor) -> None:

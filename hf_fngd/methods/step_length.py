@@ -51,5 +51,6 @@ def kl_scale(
         torch.where(damping > 0, rate**2 * damping * (v * m).sum().abs(), 0.0)
         for rate, damping, m, v in zip(rates, dampings, means, directions, strict=True)
     ]
-    scale = (kl_clip / torch.stack(changes).sum()).sqrt().clamp(max=1.0)
+    # Not stacked: layers may differ in precision and device.
+    scale = (kl_clip / sum(changes, torch.zeros(()))).sqrt().clamp(max=1.0)
     return torch.where(scale.isnan(), 0.0, scale)
