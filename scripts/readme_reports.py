@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from readme_costs import RESULTS, table_head
 
-# Mark in scripts/plans/README.md, and titles of the reports. Those of `comparison` were timed.
+# Mark in scripts/plans/README.md, and titles of the reports.
 REPORTS = {
     "comparison": {
         "compare_cifar10": "CIFAR-10, 18,000 images, ResNet-18 of width 8, 5 epochs",
@@ -98,12 +98,11 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-def reports(titles: Mapping[str, str], timed: bool) -> str:
+def reports(titles: Mapping[str, str]) -> str:
     """Makes short tables of comparisons from their reports.
 
     Args:
         titles: Folder of each under the results, and what it is.
-        timed: Whether seconds are shown.
 
     Returns:
         Markdown.
@@ -112,7 +111,7 @@ def reports(titles: Mapping[str, str], timed: bool) -> str:
     for name, title in titles.items():
         folder = RESULTS / name
         rows = _page(name)
-        kept = [head for head in rows[0] if _is_shown(head, timed)]
+        kept = [head for head in rows[0] if _is_shown(head)]
         lines = ["| " + " | ".join(kept) + " |", "|---" * len(kept) + "|"]
         lines += ["| " + " | ".join(row[head] for head in kept) + " |" for row in rows]
         place = f"../bench/results/{name}"
@@ -146,9 +145,8 @@ def _page(name: str) -> list[dict[str, str]]:
     return [row for row in made if not row["final runs"].startswith("0 of ")]
 
 
-def _is_shown(column: str, timed: bool) -> bool:
-    if column == "s / step" or column.startswith("against "):
-        return timed
-    return column in ("optimizer", "final runs", "AUC of γ") or column.startswith(
-        ("test ", "eval_")
+def _is_shown(column: str) -> bool:
+    # Seconds are there where the plan was timed.
+    return column in ("optimizer", "final runs", "AUC of γ", "s / step") or column.startswith(
+        ("test ", "eval_", "against ")
     )

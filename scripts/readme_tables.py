@@ -131,7 +131,7 @@ def fill(text: str) -> str:
     ):
         tables[make.__name__] = make()
     for name, titles in REPORTS.items():
-        tables[name] = reports(titles, timed=name == "comparison")
+        tables[name] = reports(titles)
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)

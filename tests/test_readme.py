@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.card_rules import faults_of
-from tests.pages import PAGES, ROOT, SAID
+from tests.pages import PAGES, RESULTS, ROOT, SAID
 from tests.script_utils import script
 
 SECOND = "bleu_test_2017_flickr"
@@ -104,7 +104,7 @@ def test_cards_of_fngd_and_of_its_baseline_name_each_other(folder, baseline):
 def test_what_is_said_of_the_comparison_is_so():
     assert "FNGD is behind plain SGD" in SAID and "Muon is ahead of everything" in SAID
     for name, metric in (("cifar10", "test_accuracy"), ("multi30k", "bleu")):
-        runs = ROOT / "scripts" / "bench" / "results" / f"compare_{name}" / "runs"
+        runs = RESULTS / f"compare_{name}" / "runs"
         means = {}
         for folder in runs.iterdir():
             found = [json.loads(path.read_text())["test"] for path in folder.glob("final-*.json")]
@@ -115,7 +115,7 @@ def test_what_is_said_of_the_comparison_is_so():
 
 
 def test_activation_checkpointing_keeps_its_gain():
-    file = ROOT / "scripts" / "bench" / "results" / "checkpointing.json"
+    file = RESULTS / "checkpointing.json"
     saved = {
         name: row["saved_mib"] for name, row in json.loads(file.read_text())["results"].items()
     }
@@ -124,7 +124,7 @@ def test_activation_checkpointing_keeps_its_gain():
 
 
 def test_what_is_said_of_the_store_is_so():
-    file = ROOT / "scripts" / "bench" / "results" / "store.json"
+    file = RESULTS / "store.json"
     text = file.read_text()
     results = json.loads(text)["results"]
     largest = [row for row in results["measured"] if row["rows"] == 10**6]
@@ -137,14 +137,12 @@ def test_what_is_said_of_the_store_is_so():
 
 
 def test_what_is_said_of_routes_is_so():
-    results = ROOT / "scripts" / "bench" / "results"
-    text = (results / "route_crossover.json").read_text()
-    rows = json.loads(text)["results"]["measurements"]
+    rows = json.loads((RESULTS / "route_crossover.json").read_text())["results"]["measurements"]
     faster = [min(("direct", "hadamard"), key=row["ratios"].get) for row in rows]
     right = sum(one == row["auto"] for one, row in zip(faster, rows, strict=True))
     assert f"it is the faster one at {right} of these {len(rows)} sizes" in SAID and right > 21
     before, after = (
-        json.loads((results / folder / "marian_512_b64.json").read_text())["results"]
+        json.loads((RESULTS / folder / "marian_512_b64.json").read_text())["results"]
         for folder in ("step_time", "route_count")
     )
     name = "fngd_adamw first epoch"
@@ -156,7 +154,7 @@ def test_what_is_said_of_old_coefficients_is_so():
     assert "further away, at every damping" in SAID and "nearer at λ = 0.1" in SAID
     later = {}
     for name in ("", "_finetune"):
-        file = ROOT / "scripts" / "bench" / "results" / f"coefficient_noise{name}.json"
+        file = RESULTS / f"coefficient_noise{name}.json"
         rows = json.loads(file.read_text())["results"]["measurements"]
         later[name] = [row for row in rows if "cos: old" in row]
         assert all(row["cos: plain"] < row["cos: shared"] for row in rows)
@@ -168,8 +166,8 @@ def test_what_is_said_of_old_coefficients_is_so():
 
 
 def scores(plan, label, name, kind="final"):
-    """One value of every final (or timed) run of a label; `objective` or a test score."""
-    folder = ROOT / "scripts" / "bench" / "results" / plan / "runs" / label
+    """One value of every final (timed, search) run of a label; `objective` or a test score."""
+    folder = RESULTS / plan / "runs" / label
     found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-*.json"))]
     return [run[name] if name in run else run["test"][name] for run in found]
 
@@ -212,11 +210,11 @@ def test_what_is_said_of_the_papers_setting_is_so():
     assert all(abs(one - fngd) < spread for one in (sgd, layer, rms)) and own > fngd
     losses = [mean(scores("paper_setting", label, "objective")) for label in ("fngd", "sgd")]
     assert abs(losses[0] - losses[1]) < 0.05
-    runs = ROOT / "scripts" / "bench" / "results" / "paper_setting" / "runs"
+    runs = RESULTS / "paper_setting" / "runs"
     trials = [json.loads(path.read_text()) for path in runs.glob("*/search-*.json")]
     stuck = sum(6.2 < run["objective"] < 6.3 for run in trials)
     assert (len(trials), f"{stuck} of the 56 trials" in SAID) == (56, True)
-    times = json.loads((runs.parents[1] / "methods_resnet18.json").read_text())["results"]
+    times = json.loads((RESULTS / "methods_resnet18.json").read_text())["results"]
     ratio = times["kfac, inverse every 10"]["seconds"] / times["fngd, later epochs"]["seconds"]
     assert f"{ratio:.1f} of FNGD's (the paper: 2.05 to 2.07)" in SAID
 
@@ -239,11 +237,11 @@ def test_what_is_said_of_misaligned_pairs_is_so():
 
 def test_what_is_said_of_fine_tuning_is_so():
     assert "cost 0.8 on the second" in SAID and "standard deviation of each other" in SAID
-    runs = ROOT / "scripts" / "bench" / "results" / "quality_finetune" / "runs"
     first, second, loss = {}, {}, {}
     for label in ("adamw", "muon", "sgd", "sgd_rms", "fngd_rms", "fngd_rms_fresh"):
         first[label] = scores("quality_finetune", label, "bleu")
-        assert len(first[label]) == 3 and len(list((runs / label).glob("search-*.json"))) == 12
+        trials = scores("quality_finetune", label, "objective", "search")
+        assert len(first[label]) == 3 and len(trials) == 12
         second[label] = mean(scores("quality_finetune", label, SECOND))
         loss[label] = scores("quality_finetune", label, "objective")
     means = {label: mean(values) for label, values in first.items()}
@@ -308,7 +306,7 @@ def test_what_is_said_of_leave_one_out_is_so():
     assert [round(mean(searched[label]), 2) for label in labels] == [0.5, 0.6, 0.59]
     sgd, exact, kept = (mean(scores("quality_cifar10", one, "train_seconds")) for one in labels)
     assert (round(exact / sgd, 1), round(kept / sgd, 1)) == (3.2, 1.4)
-    runs = ROOT / "scripts" / "bench" / "results" / "quality_cifar10" / "runs" / "fngd_loo_fresh"
+    runs = RESULTS / "quality_cifar10" / "runs" / "fngd_loo_fresh"
     trials = [json.loads(path.read_text()) for path in runs.glob("search-*.json")]
     trials.sort(key=lambda run: -run["objective"])
     best = [run["searched"]["damping"] for run in trials[:4]]
@@ -352,11 +350,10 @@ def test_what_is_said_of_leave_one_out_is_so():
         for label in ("muon", "muon_loo_fresh", "muon_loo_token")
     )
     assert muon < min(with_it) and max(with_it) < 3.7
-    runs = ROOT / "scripts" / "bench" / "results" / "quality_scratch" / "runs"
     for label, said in (("adamw", 4.11), ("sgd_rms", 4.13), ("fngd_rms_loo_token", 4.04)):
-        found = [json.loads(path.read_text()) for path in (runs / label).glob("search-*.json")]
+        found = scores("quality_scratch", label, "objective", "search")
         assert len(found) == 12
-        assert round(min(run["objective"] for run in found), 2) == said
+        assert round(min(found), 2) == said
     tuned = [
         round(scores("ablation_finetune", label, "objective")[0], 2)
         for label in ("rms_loo_fresh_0.1", "rms_fresh_0.1", "rms")
@@ -373,7 +370,7 @@ def test_what_is_said_of_cost_is_so():
     for words in ("0.97 to 1.04 times", "up to 1.08 under", "0.99 to 1.15 of", "1.21 on ResNet-18"):
         assert words in SAID
     found = {}
-    for path in (ROOT / "scripts" / "bench" / "results" / "step_time").iterdir():
+    for path in (RESULTS / "step_time").iterdir():
         rows = json.loads(path.read_text())["results"]
         found[path.stem] = {
             "later": [row["median_ratio"] for name, row in rows.items() if "later" in name],
@@ -412,7 +409,7 @@ def test_answers_are_those_of_the_studies():
     }
     assert list(bleu.values()) == [16.15, 16.25, 18.54, 18.24, 15.07, 15.18]
     assert "has 16.25 BLEU for AdamW's 16.15 in fine-tuning, 18.24 for 18.54 from scratch." in SAID
-    runs = ROOT / "scripts" / "bench" / "results" / "ablation_finetune" / "runs"
+    runs = RESULTS / "ablation_finetune" / "runs"
     first = {one.name: loss("ablation_finetune", one.name)[0] for one in runs.iterdir()}
     plain, late = first.pop("rms"), first["rms_late_1"]
     del first["muon"]
@@ -423,15 +420,16 @@ def test_answers_are_those_of_the_studies():
     lora = round(mean(scores("quality_lora", "fngd_rms", "bleu")), 2)
     assert f"{lora} BLEU; 15.18 without γ, 15.07 with AdamW." in SAID
     assert "BLEU within 0.3 of the rule without coefficients on both test sets" in SAID
-    for plan in ("quality_lora", "quality_small_batches"):
-        for label in {"fngd_rms", "fngd_rms_fresh"} & {
-            one.name for one in (runs.parents[1] / plan / "runs").iterdir()
-        }:
-            found = (loss(plan, label), loss(plan, "sgd_rms"))
-            assert len(found[0]) == 3 and all(a > b for a, b in zip(*found, strict=True))
-            for name in ("bleu", SECOND):
-                means = [mean(scores(plan, one, name)) for one in (label, "sgd_rms")]
-                assert abs(means[0] - means[1]) < 0.3
+    for plan, label in (
+        ("quality_lora", "fngd_rms"),
+        ("quality_small_batches", "fngd_rms"),
+        ("quality_small_batches", "fngd_rms_fresh"),
+    ):
+        found = (loss(plan, label), loss(plan, "sgd_rms"))
+        assert len(found[0]) == 3 and all(a > b for a, b in zip(*found, strict=True))
+        for name in ("bleu", SECOND):
+            means = [mean(scores(plan, one, name)) for one in (label, "sgd_rms")]
+            assert abs(means[0] - means[1]) < 0.3
 
 
 def test_what_is_said_of_the_search_by_bleu_is_so():
@@ -460,16 +458,12 @@ def test_what_is_said_of_the_search_by_bleu_is_so():
     ]
     assert [round(edge(gains), 1) for edge in (min, max)] == [0.8, 1.6]
     assert "0.8 to 1.6 BLEU on the first test set over the settings" in SAID
-    runs = ROOT / "scripts" / "bench" / "results" / "quality_finetune_bleu" / "runs"
-    (best,) = {
-        round(json.loads(path.read_text())["searched"]["damping"], 2)
-        for path in (runs / "fngd_rms_fresh").glob("final-*.json")
-    }
+    chosen = scores("quality_finetune_bleu", "fngd_rms_fresh", "searched")
+    (best,) = {round(one["damping"], 2) for one in chosen}
     assert f"`share=none,damping={best}`" in SAID
     for label in ("adamw", "sgd_rms", "fngd_rms_fresh"):
-        kinds = [len(list((runs / label).glob(f"{kind}-*.json"))) for kind in ("search", "final")]
-        assert kinds == [12, 3]
-    folder = runs.parents[1]
-    times = json.loads((folder / "methods_small_marian.json").read_text())["results"].values()
+        made = [scores("quality_finetune_bleu", label, "run", kind) for kind in ("search", "final")]
+        assert [len(runs) for runs in made] == [12, 3]
+    times = json.loads((RESULTS / "methods_small_marian.json").read_text())["results"].values()
     steps = {row["method"]: row["kinds"] for row in times}
     assert round(steps["fngd"]["collect"] / steps["adamw"]["step"], 1) == 1.9

@@ -12,9 +12,7 @@ import hf_fngd
 from hf_fngd.hf.callback import unwrap_fngd
 from tests import helpers
 from tests.hf_utils import arguments, pad_collator, tiny_marian, token_pairs
-from tests.pages import PAGES, ROOT, SAID
-
-RESULTS = ROOT / "scripts" / "bench" / "results"
+from tests.pages import PAGES, RESULTS, SAID
 
 
 def of_the_trainer(tmp_path, monkeypatch):
