@@ -7,22 +7,23 @@ transformers, where it is installed. The core needs torch only.
 import importlib.util
 import logging
 
-from hf_fngd.config import FNGDConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.methods import (
+    FNGD,
     KFAC,
     SENG,
     Eva,
     EvaConfig,
+    FNGDConfig,
     KFACConfig,
     PlainConfig,
     PlainOptimizer,
     SENGConfig,
     TENGraD,
     TENGraDConfig,
+    create_fngd_optimizer,
     create_preconditioned_optimizer,
 )
-from hf_fngd.optimizer import FNGD, create_fngd_optimizer
 
 __version__ = "0.1.0"
 __all__ = [

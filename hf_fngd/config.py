@@ -1,186 +1,277 @@
-"""Settings of FNGD."""
+"""Settings as checked dataclasses, from keyword arguments or from the text of `--optim_args`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-from hf_fngd.errors import FNGDError
-from hf_fngd.settings import OptimizerConfig, damping, setting
+from hf_fngd.errors import FNGDError, check_number, suggestion
 
-_ROUTES = {"sample": ("auto", "direct", "hadamard"), "token": ("auto", "exact", "nystrom")}
+Config = TypeVar("Config", bound="OptimizerConfig")
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_ONE_EPOCH = "coefficients are computed in the first epoch, and anew with refresh_every"
+_NOT_SOFTENED = "softened coefficients did not help (one seed); set damping instead"
+_SAMPLES_ONLY = (
+    "a sample is a sequence or an image; positions as samples fell behind over ten epochs "
+    "(one seed)"
+)
+_EXACT_GRAM = (
+    "Gram matrices are always exact; where an estimate helped, --optim tengrad helped more (one "
+    "seed)"
+)
+_NO_CURVATURE = "the plain update rules have no curvature to damp"
+# Settings and values of earlier versions, or of other methods, and why they are not there.
+_REMOVED = {
+    "collect_from": _ONE_EPOCH,
+    "collect_epochs": _ONE_EPOCH,
+    "collect_every": _ONE_EPOCH,
+    "gamma_scale": _NOT_SOFTENED,
+    "gamma_max": _NOT_SOFTENED,
+    "gamma_power": _NOT_SOFTENED,
+    "fisher_unit": _SAMPLES_ONLY,
+    "num_landmarks": _SAMPLES_ONLY,
+    "gram_inputs": _EXACT_GRAM,
+    "gram_outputs": _EXACT_GRAM,
+    "gram_route": "the route with fewer operations is always taken",
+    "nesterov": "Nesterov momentum is on with update_rule=muon and off with sgd",
+    "num_samples": "the Trainer counts the rows; a plain loop may call optimizer.bind_dataset",
+    "reference_sketch": "sketches are always unbiased",
+    "big_product": "big layers always take the paper's product of sums",
+    "batch_norm": "AdamW updates the weights of BatchNorm2d",
+    "rank_threshold": "the inverse is always exact",
+    "loss_terms": "it had no effect under relative damping; set damping instead",
+    "step_control": "set kl_clip to a number to clip the step, or to none not to",
+    "seed": "this method draws nothing at random",
+    "damping": _NO_CURVATURE,
+    "damping_mode": _NO_CURVATURE,
+    "share=label": "set share=sample, layer or none",
+    "share=position": "share=layer does the same (one seed on each of two tasks)",
+}
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    resumed: bool = False,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+) -> Any:
+    """Declare one setting.
+
+    Args:
+        default: Default value.
+        help_text: What it means, a sentence.
+        choices: Allowed texts.
+        resumed: Whether a run resumed with another value would silently be a different run.
+        above: Open lower bound of a number.
+        at_least: Lower bound of a number.
+        at_most: Upper bound of a number.
+        below: Open upper bound of a number.
+
+    Returns:
+        A dataclass field.
+    """
+    bounds = {"above": above, "at least": at_least, "at most": at_most, "below": below}
+    finite = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
+    metadata = {"help": help_text, "choices": choices, "bounds": finite, "resumed": resumed}
+    return field(default=default, metadata=metadata)
+
+
+def damping(default: float) -> Any:
+    """Declare the damping; each method has its own best default."""
+    return setting(
+        default,
+        "Damping λ > 0; relative: in units of the mean eigenvalue of the layer's UᵀU/N.",
+        above=0.0,
+        resumed=True,
+    )
+
+
+@functools.cache
+def _kinds(config: type[Any]) -> dict[str, tuple[set[Any], bool]]:
+    """Return the types of each setting, and whether it may be None."""
+    found = {}
+    hints = get_type_hints(config)
+    for one in fields(config):
+        hint = hints[one.name]
+        parts = set(get_args(hint)) or {hint}
+        found[one.name] = (parts - {NoneType}, NoneType in parts)
+    return found
 
 
 @dataclass
-class FNGDConfig(OptimizerConfig):
-    """Settings of FNGD (arXiv 2403.03473), checked when the object is made.
+class OptimizerConfig:
+    """Settings that every optimizer of the package has, checked when the object is made.
 
     Raises:
         FNGDError: For a value out of range, or two settings that exclude each other.
     """
 
-    title: ClassVar[str] = "FNGD"
+    title: ClassVar[str] = "the optimizer"
 
-    damping: float = damping(1.0)
-    update_scale: str = setting(
-        "auto",
-        "none, rms (every selected weight's update gets the root mean square 0.2 of a typical "
-        "AdamW update, so that AdamW learning rates carry over), or auto: rms for "
-        "update_rule=sgd, none for the others. The paper: none.",
-        choices=("auto", "none", "rms"),
-        resumed=True,
-    )
-    share: str = setting(
-        "sample",
-        "What the coefficients of the first epoch are kept for: sample (each data set row), label "
-        "(each class or token id), position (each place in the batch), layer (one number a layer) "
-        "or none (computed afresh at every step: exact block natural gradient).",
-        choices=("sample", "label", "position", "layer", "none"),
-        resumed=True,
-    )
-    refresh_every: int = setting(
-        0,
-        "Begin to compute the coefficients anew every so many epochs; 0: never.",
-        at_least=0,
-        resumed=True,
-    )
-    collect_from: int = setting(
-        0,
-        "Epoch, from 0, in which coefficients are first computed; before it the gradient is plain.",
-        at_least=0,
-        resumed=True,
-    )
-    collect_epochs: int = setting(
-        1,
-        "Epochs in a row in which coefficients are computed; what is kept is their mean.",
-        at_least=1,
-        resumed=True,
-    )
-    collect_every: int = setting(
-        1,
-        "In such an epoch every so many optimizer steps compute coefficients, from its first on; "
-        "the others take the mean of those. With share=label, position or layer.",
-        at_least=1,
-        resumed=True,
-    )
-    leave_one_out: bool = setting(
-        False,
-        "Whether each sample's gradient meets the Fisher of the other samples of its batch alone, "
-        "so that a large one does not shrink itself (an addition of hf_fngd).",
-        resumed=True,
-    )
-    gamma_scale: str = setting(
-        "free",
-        "free (γ as computed) or one (γ over its mean in the batch: it weights samples and leaves "
-        "the length of the layer's step alone).",
-        choices=("free", "one"),
-        resumed=True,
-    )
-    gamma_max: float | None = setting(
+    target_modules: str | list[str] | None = setting(
         None,
-        "Bound b: γ, after gamma_scale, is clipped to [0, b].",
-        above=0.0,
+        "Layers to select: all-linear, a regular expression that matches the whole module path, or "
+        "a list of names (in --optim_args: joined by '|'). Default: every supported layer except "
+        "the vocabulary head and tied weights.",
+    )
+    exclude_modules: str | list[str] | None = setting(
+        None, "Layers to leave out, written like target_modules."
+    )
+    update_rule: str = setting(
+        "sgd",
+        "Update rule of the selected weights: sgd (momentum; the papers), adamw or muon. AdamW "
+        "updates all other parameters.",
+        choices=("sgd", "adamw", "muon"),
         resumed=True,
     )
-    gamma_power: float = setting(
-        1.0,
-        "Exponent α in [0, 1]: γ, after gamma_max, becomes max(γ, 0)^α; 1: as computed, 0: plain "
-        "gradient.",
+    momentum: float = setting(
+        0.9,
+        "Momentum of the sgd and muon rules, in [0, 1); with muon it is Nesterov's.",
         at_least=0.0,
-        at_most=1.0,
+        below=1.0,
+    )
+    update_scale: str = setting(
+        "none",
+        "none, or rms: each selected weight's update gets a root mean square of 0.2, like a "
+        "typical AdamW update, so that AdamW's learning rates carry over.",
+        choices=("none", "rms"),
         resumed=True,
     )
-    fisher_unit: str = setting(
-        "sample",
-        "sample (the paper: one gradient a sequence or image) or token (each position counts as a "
-        "sample; an addition of hf_fngd, with share none or label).",
-        choices=("sample", "token"),
-        resumed=True,
-    )
-    num_landmarks: int = setting(
-        128,
-        "Random positions that span the Nyström approximation of fisher_unit=token.",
-        at_least=1,
-        resumed=True,
-    )
-    gram_route: str = setting(
-        "auto",
-        "How Gram matrices are formed: auto (fewest operations), direct or hadamard; for "
-        "fisher_unit=token: auto, exact or nystrom.",
-        choices=("auto", "direct", "hadamard", "exact", "nystrom"),
-    )
-    gram_memory_mb: int = setting(
-        256, "Upper bound in MiB of the workspace of one layer's Gram matrix.", at_least=1
-    )
-    gram_dtype: str = setting(
-        "auto",
-        "Precision of a Gram matrix's products, which are added up and solved in float32: bfloat16 "
-        "(a cheaper first epoch where the machine is faster in it), float32 (float64 for gradients "
-        "in float64), or auto: that of the gradients, but float32 for float16.",
-        choices=("auto", "float32", "bfloat16"),
-        resumed=True,
-    )
-    gram_outputs: int | None = setting(
+    other_lr: float | None = setting(
         None,
-        "Output features, drawn anew for every layer and step, from which its Gram matrix is "
-        "estimated without bias: a cheaper first epoch; default: all, exactly.",
-        at_least=1,
-        resumed=True,
+        "Learning rate of the parameters that are not selected (embeddings, norms, head); "
+        "default: that of the selected ones.",
+        at_least=0.0,
     )
-    gram_inputs: int | None = setting(
-        None,
-        "The same for input features (of a convolution: channels), of which no more than these are "
-        "then looked at.",
-        at_least=1,
-        resumed=True,
-    )
-    store_dtype: str = setting(
-        "float32",
-        "Precision of stored coefficients: float32 or float16.",
-        choices=("float32", "float16"),
-        resumed=True,
-    )
-    store_dir: str | None = setting(
-        None,
-        "Folder in which each process keeps the coefficients of share=sample, in a nameless file "
-        "(and in a second one while it writes a checkpoint); default: main memory.",
-    )
-    num_samples: int | None = setting(
-        None,
-        "Rows of the training set, when known: bounds the coefficient store from the start.",
-        at_least=1,
-    )
+    adam_beta1: float = setting(0.9, "AdamW β₁, in [0, 1).", at_least=0.0, below=1.0)
+    adam_beta2: float = setting(0.999, "AdamW β₂, in [0, 1).", at_least=0.0, below=1.0)
+    adam_epsilon: float = setting(1e-8, "AdamW ε, at least 0.", at_least=0.0)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.update_scale == "auto":
-            self.update_scale = "rms" if self.update_rule == "sgd" else "none"
-        if self.gram_route not in _ROUTES[self.fisher_unit]:
-            raise FNGDError(
-                f"gram_route={self.gram_route} does not go with fisher_unit={self.fisher_unit}: "
-                f"choose {', '.join(_ROUTES[self.fisher_unit])}"
-            )
-        if not (self.store_dir is None or isinstance(self.store_dir, str) and self.store_dir):
-            raise FNGDError(f"store_dir must be the name of a folder, not {self.store_dir!r}")
-        if 0 < self.refresh_every < self.collect_epochs:
-            raise FNGDError(
-                f"refresh_every={self.refresh_every} is less than collect_epochs="
-                f"{self.collect_epochs}: coefficients would be computed in every epoch; "
-                "set share=none for that"
-            )
-        for name in ("gram_outputs", "gram_inputs"):
-            if self.fisher_unit == "token" and getattr(self, name) is not None:
+        for one in fields(self):
+            self._check(one.name, getattr(self, one.name), one.metadata)
+
+    @classmethod
+    def _check(cls, name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+        kinds, optional = _kinds(cls)[name]
+        choices = metadata["choices"]
+        if optional and value is None:
+            return
+        if choices is not None and value not in choices:
+            gone = _REMOVED.get(f"{name}={value}")
+            if gone:
+                raise FNGDError(f"{name}={value} was removed: {gone}")
+            raise FNGDError(f"{name}={value!r} is not allowed: {suggestion(value, choices)}")
+        if list[str] in kinds:
+            many = value if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(one, str) for one in many):
                 raise FNGDError(
-                    f"{name} goes with fisher_unit=sample; with fisher_unit=token set "
-                    "gram_route=nystrom and num_landmarks for a cheaper Gram matrix"
+                    f"{name}={value!r}: give names of layers, or one pattern for their paths"
                 )
-        if self.collect_every > 1 and self.share in ("sample", "none"):
-            raise FNGDError(
-                f"collect_every={self.collect_every} does not go with share={self.share}, where "
-                "no batch has coefficients from others: set share=layer, label or position"
-            )
-        if self.fisher_unit == "token" and self.share not in ("none", "label"):
-            raise FNGDError(
-                f"share={self.share} does not go with fisher_unit=token: "
-                "set share=none or share=label"
-            )
+        elif kinds == {bool}:
+            if not isinstance(value, bool):
+                raise FNGDError(f"{name} must be true or false, not {value!r}")
+        elif kinds == {str}:
+            if not (isinstance(value, str) and value):
+                raise FNGDError(f"{name} must be a text, not {value!r}")
+        else:
+            check_number(name, value, kinds == {int}, metadata["bounds"])
+
+    @classmethod
+    def _refuse_unknown(cls, names: Mapping[str, Any]) -> None:
+        known = [one.name for one in fields(cls)]
+        for name in names:
+            if name in known:
+                continue
+            if name in _REMOVED:
+                raise FNGDError(f"{name} is not a setting of {cls.title}: {_REMOVED[name]}")
+            raise FNGDError(f"{name!r} is not a setting of {cls.title}: {suggestion(name, known)}")
+
+    @classmethod
+    def resumed_fields(cls) -> list[str]:
+        """Return the names of the settings that must be the same in a resumed run."""
+        return [one.name for one in fields(cls) if one.metadata["resumed"]]
+
+    @classmethod
+    def from_settings(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """Make the settings from keyword arguments.
+
+        Args:
+            values: Names and values.
+
+        Returns:
+            The checked settings.
+
+        Raises:
+            FNGDError: For an unknown name or a value out of range.
+        """
+        cls._refuse_unknown(values)
+        return cls(**values)
+
+    @classmethod
+    def from_strings(cls: type[Config], values: Mapping[str, str], **overrides: Any) -> Config:
+        """Read settings given as text, as in `--optim_args "damping=0.01,share=sample"`.
+
+        Args:
+            values: Names and values as text; lists are joined by `|`, `none` is an absent value.
+            **overrides: Settings that are not text, used where `values` does not name them.
+
+        Returns:
+            The checked settings.
+
+        Raises:
+            FNGDError: For an unknown name (the nearest valid one is named), a value that cannot be
+                read as the setting's type, or a value out of range.
+        """
+        try:
+            cls._refuse_unknown(values)
+            parsed = {name: cls._parse(name, text) for name, text in values.items()}
+        except FNGDError as error:
+            raise FNGDError(f"optim_args: {error}") from None
+        return cls(**{**overrides, **parsed})
+
+    @classmethod
+    def _parse(cls, name: str, text: str) -> Any:
+        kinds, optional = _kinds(cls)[name]
+        if optional and text.lower() == "none":
+            return None
+        if list[str] in kinds:
+            return text.split("|") if "|" in text else text
+        (kind,) = kinds
+        try:
+            return _BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            wanted = _IN_WORDS[kind] + (" or none" if optional else "")
+            raise FNGDError(f"{name}={text!r} must be {wanted}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, for JSON files and checkpoints."""
+        return asdict(self)
+
+
+@dataclass
+class DampedConfig(OptimizerConfig):
+    """Settings of every method that damps a curvature.
+
+    Raises:
+        FNGDError: For a value out of range, or two settings that exclude each other.
+    """
+
+    damping: float = damping(0.1)
+    damping_mode: str = setting(
+        "relative",
+        "relative (multiplying the loss by a constant changes nothing) or absolute (λ as in the "
+        "papers; the loss must be a mean over the batch).",
+        choices=("relative", "absolute"),
+        resumed=True,
+    )

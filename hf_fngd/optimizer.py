@@ -1,28 +1,39 @@
-"""`FNGD`, the optimizer, and the two lines that a plain loop needs."""
+"""`LayerOptimizer`: what all optimizers of the package share, and the optimizer half of a method.
+
+A method is a subclass of `LayerOptimizer` and, where it takes part in backward, a subclass of
+`capture.LayerMethod`, one object for each layer. The optimizer half says what happens
+
+* when a batch opens (`new_batch`): its samples, and whether it is fresh;
+* before the update (`precondition`), for methods that work on whole gradients;
+* after it (`end_step`), and when an epoch begins (`start_epoch`);
+* in logs (`statistics`) and in checkpoints (`method_state`, `load_method_state`).
+
+Every one of them has a default, with which the optimizer is its plain update rule.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from hf_fngd.base_optimizer import LayerOptimizer
-from hf_fngd.config import FNGDConfig
-from hf_fngd.errors import FNGDError
-from hf_fngd.fngd import FNGDState, Labels
-from hf_fngd.layers import LinearAdapter
-from hf_fngd.parameter_groups import parameter_groups
-from hf_fngd.sample_store import SampleStore
-from hf_fngd.weighting import LayerState
+from hf_fngd import capture
+from hf_fngd.capture import Batch, Batches, LayerMethod
+from hf_fngd.config import OptimizerConfig
+from hf_fngd.errors import FNGDError, check_number
+from hf_fngd.layers.selection import divide, select_layers
+from hf_fngd.rules import apply_rule
 
 
-class FNGD(LayerOptimizer):
-    """Fast Natural Gradient Descent (arXiv 2403.03473) for the selected layers, AdamW for the rest.
+class LayerOptimizer(torch.optim.Optimizer):
+    """An update rule for the selected layers and AdamW for the rest, after any preconditioning.
 
-    The gradients of selected layers are weighted inside their own backward pass, so `.grad` already
-    is the natural gradient λ(λI + UUᵀ/N)⁻¹M when `step` sees it; `step` applies the update rule.
-    Most users want `create_fngd_optimizer` or the Trainer integration.
+    Momentum and decoupled weight decay follow the preconditioning, in every method alike.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer.
@@ -30,128 +41,366 @@ class FNGD(LayerOptimizer):
         module: The model whose layers are selected and attached.
         config: Settings; or give them as keyword arguments.
         weight_decay: Decoupled weight decay of groups that do not name their own.
-        **settings: Fields of `FNGDConfig`.
+        **settings: Fields of the method's config.
 
     Raises:
         FNGDError: For bad settings, or if no layer can be selected.
     """
 
-    config_class = FNGDConfig
-    method = "fngd"
+    config_class: ClassVar[type[OptimizerConfig]]
+    # The layer half of the method; None if it captures no layer.
+    layer_class: ClassVar[type[LayerMethod] | None] = None
+    # Name of the method in `--optim` and in checkpoints.
+    method: ClassVar[str]
+    # Whether a batch of one row may hold several samples.
+    accepts_packed_rows: ClassVar[bool] = True
+    # Whether `precondition` needs whole gradients, which FSDP and DeepSpeed divide or hide.
+    needs_whole_gradients: ClassVar[bool] = False
+    config: Any
+    # The layer half of each captured layer, in model order.
+    layers: list[Any]
 
-    def _set_up(self, module: nn.Module) -> None:
-        self.tracker = self.coefficients = FNGDState(self.config, list(self.selection.chosen))
-        self._fingerprint: str | None = None
-        self._loaded_fingerprint: str | None = None
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        module: nn.Module,
+        config: OptimizerConfig | None = None,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        if config is not None and settings:
+            raise FNGDError(
+                f"give either config={self.config_class.__name__}(...) or single settings, not both"
+            )
+        config = config or self.config_class.from_settings(settings)
+        if type(config) is not self.config_class:
+            raise FNGDError(
+                f"{type(self).__name__} takes config={self.config_class.__name__}(...), not a "
+                f"{type(config).__name__}"
+            )
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not isinstance(value, Tensor):
+                check_number(name, value, False, {"at least": 0})
+        self.config = config
+        self.selection = select_layers(module, config.target_modules, config.exclude_modules)
+        self.layer_names = list(self.selection.chosen)
+        self.batches = Batches(self.layer_names, config.title)
+        # Present epoch, and optimizer steps so far.
+        self.epoch = self.steps = 0
+        # What the loss of a micro-batch was divided by, see `set_loss_scale`.
+        self.loss_divisor = 1.0
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": config.momentum,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
+            "update_scale": config.update_scale,
+        }
+        groups = divide(params, self.selection, config.update_rule, config.other_lr)
+        super().__init__(groups, defaults)
+        self.set_up(module)
+        chosen = self.selection.chosen.values()
+        self.layers = []
+        if self.layer_class is not None:
+            self.layers = [
+                self.layer_class(self, number, layer, kind)
+                for number, (layer, kind) in enumerate(chosen)
+            ]
+        pairs = [(layer, half) for (layer, _), half in zip(chosen, self.layers, strict=False)]
+        # A model whose optimizer is gone trains plainly.
+        weakref.finalize(self, _detach, pairs).atexit = False
+        self.attach()
 
-    def _handler(self, number: int, adapter: LinearAdapter) -> LayerState:
-        return LayerState(self.coefficients, number, adapter)
+    def set_up(self, module: nn.Module) -> None:
+        """Make the method's own state, before the layers' halves; settings and layers are known."""
+
+    # ---- capture -----------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the selected layers under capture; does nothing where they already are."""
+        for (module, _), layer in zip(self.selection.chosen.values(), self.layers, strict=False):
+            capture.attach(module, layer)
+
+    def detach(self) -> None:
+        """Take all layers out of capture; the model is as it was before."""
+        for (module, _), layer in zip(self.selection.chosen.values(), self.layers, strict=False):
+            capture.detach(module, layer)
+        self.batches.close()
+
+    # ---- what a training loop says -------------------------------------------------------------
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether `set_batch` must be given ids that are the same in every epoch."""
+        return False
+
+    @property
+    def needs_loss_scale(self) -> bool:
+        """Whether the scale of the loss changes the step, see `set_loss_scale`."""
+        return False
+
+    @property
+    def reuse_rate(self) -> float | None:
+        """Share of this epoch's samples whose coefficients were looked up and found; or None."""
+        return None
 
     def start_epoch(self, epoch: int) -> None:
-        """Enters an epoch: 0 computes coefficients, later ones reuse them (see `refresh_every`).
-
-        Under `torch.distributed` all ranks must call it together, since stores are merged.
+        """Enter an epoch. Under `torch.distributed` all ranks must call it together.
 
         Args:
             epoch: Number of the epoch, from 0.
+
+        Raises:
+            FNGDError: For a negative number.
         """
-        self.coefficients.start_epoch(epoch)
+        if epoch < 0:
+            raise FNGDError(f"epochs are counted from 0, there is no epoch {epoch}")
+        self.epoch = epoch
 
     def set_batch(
         self,
         sample_ids: Sequence[int] | Tensor | None = None,
-        labels: Labels | None = None,
         lengths: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """Announces the samples of the next forward pass, once per micro-batch.
+        """Announce the samples of the next forward pass, once per micro-batch.
 
         Args:
             sample_ids: Data set rows `[N]` of the batch, or any 64-bit integers that identify its
-                samples. Needed for share=sample; otherwise they tell the batch size.
-            labels: For share=label: classes `[N]`, token labels `[N, T]`, or a mapping from
-                regular expressions on layer paths to such tensors, of which the first match counts.
+                samples. FNGD needs them for share=sample; otherwise they tell the batch size.
             lengths: For a batch of one row that holds several samples one after the other: the
                 positions `[N]` of each.
 
         Raises:
-            FNGDError: If `share` needs what is missing, or samples and lengths do not agree.
+            FNGDError: If the method needs what is missing, or samples and lengths do not agree.
         """
-        self.coefficients.set_batch(sample_ids, labels, lengths)
+        size = None if sample_ids is None else len(sample_ids)
+        packed = None if lengths is None else [int(length) for length in lengths]
+        if packed is not None:
+            if not self.accepts_packed_rows:
+                raise FNGDError(
+                    "the batch is one packed row of several samples, which "
+                    f"{self.config.title} cannot tell apart: turn packing or padding_free off, so "
+                    "that each sample has its own row"
+                )
+            if size not in (None, len(packed)) or min(packed, default=0) < 1:
+                raise FNGDError(
+                    f"{size} samples and lengths {packed}: give each sample of a packed row its "
+                    "length, at least 1"
+                )
+            size = len(packed)
+        self.batches.open(self.new_batch(sample_ids, size, packed))
 
-    def statistics(self) -> dict[str, Any]:
-        """Reports on the coefficients since the last call.
+    def new_batch(
+        self,
+        sample_ids: Sequence[int] | Tensor | None,
+        size: int | None,
+        lengths: list[int] | None,
+    ) -> Batch:
+        """Make the batch of `set_batch`.
+
+        Args:
+            sample_ids: Ids as given.
+            size: Number of samples, if known.
+            lengths: Positions of each sample of a packed row.
 
         Returns:
-            `phase` (wait, collect or reuse), `epoch`, `damping`, `layers` and `layers_left_out`,
-            `gram_seconds`, counts of non-finite and refactored Gram matrices (`nonfinite`,
-            `fallbacks`); where known, `reuse_rate` of the epoch and mean, minimum and maximum of γ.
+            The batch.
         """
-        state = self.coefficients
-        return {
-            "phase": "wait" if state.waiting else "collect" if state.collecting else "reuse",
-            "epoch": float(state.epoch),
-            **super().statistics(),
-            **state.statistics.report(),
-        }
+        return Batch(size, self.batches.fresh, lengths)
 
-    def bind_dataset(self, num_samples: int | None, fingerprint: str | None) -> None:
-        """Says which data the sample ids belong to, so that a resumed run is checked against it.
+    def set_loss_scale(self, micro_batches: int = 1, scale: float = 1.0) -> None:
+        """Say how gradients relate to those of single samples, for the next backward passes.
+
+        Args:
+            micro_batches: Micro-batches of an update, by whose number their loss is divided.
+            scale: Factor by which the loss is multiplied, as by a GradScaler.
+        """
+        self.loss_divisor = micro_batches / scale
+
+    def bind_dataset(self, num_samples: int | None, fingerprint: str | None = None) -> None:
+        """Say which data the sample ids belong to, so that a resumed run is checked against it.
 
         Args:
             num_samples: Rows of the data set, if it has a length.
             fingerprint: Any text that changes with the data.
-
-        Raises:
-            FNGDError: If loaded coefficients belong to other data.
         """
-        self._check_data(self._loaded_fingerprint, fingerprint)
-        self._fingerprint = fingerprint
-        store = self.coefficients.store
-        if isinstance(store, SampleStore) and store.num_samples is None:
-            store.num_samples = num_samples
 
-    def synchronize(self) -> None:
-        """Makes the stored coefficients equal on all ranks, which must call it together."""
-        self.coefficients.synchronize()
+    def synchronize(self, counts: bool = False) -> None:
+        """Make the content of a checkpoint equal on all ranks, which must call it together.
 
-    def _check_data(self, loaded: str | None, present: str | None) -> None:
-        if self.config.share == "sample" and None not in (loaded, present) and loaded != present:
-            raise FNGDError(
-                f"the checkpoint's coefficients belong to other data ({loaded}, now {present}): "
-                "resume with the same data, or start without the checkpoint"
-            )
+        Args:
+            counts: Only add up what the next `statistics` reports.
+        """
 
-    def _method_state(self) -> dict[str, Any]:
-        fingerprint = self._fingerprint or self._loaded_fingerprint
+    # ---- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters by their (preconditioned) gradients.
+
+        Args:
+            closure: Optional, as in torch: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.precondition()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                apply_rule(group["rule"], params, [self.state[p] for p in params], group)
+        self.end_step()
+        return loss
+
+    def precondition(self) -> None:
+        """Change `.grad` of the selected layers, accumulated and averaged over ranks by then."""
+
+    def end_step(self) -> None:
+        """Close the step: the next forward pass belongs to another batch."""
+        self.batches.close()
+        self.steps += 1
+
+    # ---- logs and checkpoints ------------------------------------------------------------------
+
+    @property
+    def series(self) -> str:
+        """Name of the optimizer in logs."""
+        return self.method
+
+    def statistics(self) -> dict[str, Any]:
+        """Report on what happened since the last call.
+
+        Returns:
+            Numbers by name: `layers`, and `layers_dropped` (selected layers that turned out not to
+            have one row a sample, and follow the plain update rule).
+        """
+        dropped = len(self.batches.left_out)
         return {
-            **super()._method_state(),
-            **self.coefficients.state_dict(),
-            "data": fingerprint,
+            "layers": float(len(self.layer_names) - dropped),
+            "layers_dropped": float(dropped),
         }
 
-    def _load_method_state(self, saved: dict[str, Any]) -> None:
-        self._check_data(saved["data"], self._fingerprint)
-        self.coefficients.load_state_dict(saved)
-        self._loaded_fingerprint = saved["data"]
+    def method_state(self) -> dict[str, Any]:
+        """Return the method's part of a checkpoint: tensors and builtins."""
+        return {}
+
+    def load_method_state(self, saved: dict[str, Any]) -> None:
+        """Restore what `method_state` returned; settings and layers have been checked."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state, with that of the method under its name.
+
+        Returns:
+            Only tensors and builtins, readable with `torch.load(weights_only=True)`.
+        """
+        state = super().state_dict()
+        state[self.method] = {
+            "config": self.config.to_dict(),
+            "layers": self.layer_names,
+            "steps": self.steps,
+            **self.method_state(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; moments keep their saved precision, whatever the parameters'.
+
+        Args:
+            state_dict: The result of `state_dict`.
+
+        Raises:
+            FNGDError: If the state belongs to another optimizer, another version of the package,
+                other settings, other layers or other data.
+        """
+        saved = state_dict.get(self.method)
+        if not isinstance(saved, dict) or not {"config", "layers"} <= saved.keys():
+            raise FNGDError(
+                f"the checkpoint's optimizer state is not {self.config.title}'s: resume with the "
+                "optimizer that wrote it, or start without the checkpoint"
+            )
+        self._check_settings(saved["config"])
+        if saved["layers"] != self.layer_names:
+            different = sorted(set(saved["layers"]) ^ set(self.layer_names))
+            raise FNGDError(
+                f"the checkpoint was written with other selected layers (differing: "
+                f"{', '.join(different[:5]) or 'their order'}): resume with the same "
+                "target_modules and exclude_modules, or start without the checkpoint"
+            )
+        plain = {k: v for k, v in state_dict.items() if k != self.method}
+        try:
+            self.steps = saved["steps"]
+            self.load_method_state(saved)
+            super().load_state_dict(copy.copy(plain))
+        except KeyError as missing:
+            raise FNGDError(_other_version(f"no {missing} in its optimizer state")) from None
+        # torch casts moments to the parameter's dtype; put the saved ones back.
+        members = [p for group in self.param_groups for p in group["params"]]
+        order = [i for group in plain["param_groups"] for i in group["params"]]
+        for number, param in zip(order, members, strict=True):
+            for key, value in plain["state"].get(number, {}).items():
+                device = "cpu" if key == "step" else param.device
+                self.state[param][key] = value.detach().clone().to(device)
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        known = self.config.to_dict()
+        gone = sorted(saved.keys() - known.keys())
+        if gone:
+            raise FNGDError(_other_version(f"a setting {gone[0]}"))
+        for name in self.config.resumed_fields():
+            old, new = saved.get(name), known[name]
+            if old != new:
+                raise FNGDError(
+                    f"the checkpoint was written with {name}={old}, this run has {name}={new}: "
+                    "resume with the same settings, or start without the checkpoint"
+                )
 
 
-def create_fngd_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, **config: Any
-) -> FNGD:
-    """Makes an FNGD optimizer for a model and attaches it: the two lines of a plain loop.
+def _other_version(sign: str) -> str:
+    return (
+        f"the checkpoint was written by another version of hf_fngd (it has {sign}): resume with "
+        "that version, or start without the checkpoint"
+    )
 
-        optimizer = create_fngd_optimizer(model, lr=1e-3)
-        ...
-        optimizer.start_epoch(epoch)            # before each epoch
-        optimizer.set_batch(sample_ids=rows)    # before each forward pass
+
+def _detach(pairs: list[tuple[nn.Module, LayerMethod]]) -> None:
+    for module, layer in pairs:
+        capture.detach(module, layer)
+
+
+@dataclass
+class PlainConfig(OptimizerConfig):
+    """Settings of the plain update rules.
+
+    Raises:
+        FNGDError: For a value out of range, or two settings that exclude each other.
+    """
+
+    title: ClassVar[str] = "the plain update rule"
+
+
+class PlainOptimizer(LayerOptimizer):
+    """SGD, AdamW or Muon for the selected weights and AdamW for the rest: fair baselines.
 
     Args:
-        model: The model to train.
-        lr: Learning rate of the selected weights, and of the others unless `other_lr` is given.
-        weight_decay: Decoupled weight decay of parameters with at least two dimensions.
-        **config: Fields of `FNGDConfig`.
+        params: Parameters or parameter groups, as for any optimizer.
+        lr: Learning rate of the selected weights.
+        module: The model whose layers are selected.
+        **options: As for `LayerOptimizer`.
 
-    Returns:
-        The attached optimizer; `detach()` undoes the attachment.
+    Raises:
+        FNGDError: For bad settings, or if no layer can be selected.
     """
-    return FNGD(parameter_groups(model, weight_decay), lr, module=model, **config)
+
+    config_class = PlainConfig
+    method = "plain"
+
+    @property
+    def series(self) -> str:  # noqa: D102
+        return "muon" if self.config.update_rule == "muon" else self.method

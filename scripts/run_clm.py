@@ -30,7 +30,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set
 from hf_fngd import FNGDTrainer
 from hf_fngd.hf.card import CardMixin
 from hf_fngd.hf.hub import HubMixin
-from hf_fngd.hf.loss_scale import LossScaleMixin
+from hf_fngd.hf.trainer import LossScaleMixin
 
 METRICS = TASKS["text-generation"].metrics
 

@@ -31,7 +31,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from hf_fngd import FNGDTrainer
 from hf_fngd.hf.card import CardMixin
 from hf_fngd.hf.hub import HubMixin
-from hf_fngd.hf.loss_scale import LossScaleMixin
+from hf_fngd.hf.trainer import LossScaleMixin
 
 METRICS = TASKS["image-classification"].metrics
 

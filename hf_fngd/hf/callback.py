@@ -1,30 +1,29 @@
-"""`FNGDCallback`: checks at the start, phase switch at each epoch, logs of the method."""
+"""`FNGDCallback`: runs a method inside any Trainer, and refuses launches that cannot work."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fngd.base_optimizer import LayerOptimizer
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.announce import SampleHook
-from hf_fngd.hf.samples import fingerprint
-from hf_fngd.hf.support import refuse_unsupported
-from hf_fngd.optimizer import FNGD
+from hf_fngd.hf.samples import SampleHook, fingerprint
+from hf_fngd.optimizer import LayerOptimizer
 
 logger = logging.getLogger(__name__)
 _LOW_REUSE = 0.9
 
 
 def unwrap_optimizer(optimizer: Any) -> LayerOptimizer | None:
-    """Finds an optimizer of the package inside accelerate's wrappers.
+    """Find an optimizer of the package inside accelerate's wrappers.
 
     Args:
-        optimizer: What the Trainer holds.
+        optimizer: The Trainer's optimizer.
 
     Returns:
         The optimizer, or None if it is another one.
@@ -34,45 +33,60 @@ def unwrap_optimizer(optimizer: Any) -> LayerOptimizer | None:
     return optimizer
 
 
-def unwrap_fngd(optimizer: Any) -> FNGD | None:
-    """Finds FNGD inside accelerate's wrappers.
-
-    Args:
-        optimizer: What the Trainer holds.
-
-    Returns:
-        The FNGD optimizer, or None if it is another one.
-    """
-    found = unwrap_optimizer(optimizer)
-    return found if isinstance(found, FNGD) else None
-
-
-def needs_scale(optimizer: LayerOptimizer) -> bool:
-    """Tells whether the scale of the loss matters to a method.
+def tell_loss_scale(optimizer: LayerOptimizer, micro_batches: int, scaler: Any) -> None:
+    """Tell a method the scale of the loss, where that matters to it.
 
     Args:
         optimizer: The optimizer.
-
-    Returns:
-        False for FNGD with relative damping, whose coefficients do not depend on it.
-    """
-    return optimizer.config.damping_mode == "absolute" or not isinstance(optimizer, FNGD)
-
-
-def set_scale(optimizer: LayerOptimizer, micro_batches: int, scaler: Any) -> None:
-    """Tells a method how its gradients relate to those of single samples.
-
-    Args:
-        optimizer: The optimizer.
-        micro_batches: Those of one update, among which the loss is divided.
+        micro_batches: Micro-batches of an update, among which the loss is divided.
         scaler: GradScaler of fp16, or None.
     """
-    scale = scaler.get_scale() if scaler is not None else 1.0
-    optimizer.tracker.accumulation = micro_batches / scale
+    if optimizer.needs_loss_scale:
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        optimizer.set_loss_scale(micro_batches, scale)
+
+
+def refuse_unsupported(args: TrainingArguments, optimizer: type[LayerOptimizer]) -> None:
+    """Refuse launches in which a layer's backward does not see whole weights and samples.
+
+    Args:
+        args: Training arguments.
+        optimizer: The optimizer's class.
+
+    Raises:
+        FNGDError: For DataParallel, DeepSpeed, FSDP1, and any FSDP where the method changes whole
+            gradients at the optimizer step.
+    """
+    title = optimizer.config_class.title
+    whole_gradients = optimizer.needs_whole_gradients
+    if args.n_gpu > 1:
+        raise FNGDError(
+            f"{title} does not work with torch.nn.DataParallel: start with torchrun or accelerate "
+            "launch, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    shared = AcceleratorState._shared_state
+    kind = shared.get("distributed_type")
+    if getattr(args, "deepspeed", None) or kind == DistributedType.DEEPSPEED:
+        sharded = "" if whole_gradients else " or FSDP2 (fsdp_version: 2)"
+        raise FNGDError(
+            f"{title} does not work with DeepSpeed, which hides gradients from the optimizer: use "
+            f"DDP (torchrun){sharded}"
+        )
+    if kind == DistributedType.FSDP and whole_gradients:
+        raise FNGDError(
+            f"{title} does not work with FSDP, which divides the gradients that it needs as a "
+            "whole: use DDP (torchrun)"
+        )
+    plugin = shared.get("fsdp_plugin")
+    if kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 1:
+        raise FNGDError(
+            f"{title} does not work with FSDP1, which flattens the weights: set fsdp_version: 2, "
+            "or use DDP (torchrun)"
+        )
 
 
 class FNGDCallback(TrainerCallback):
-    """Runs FNGD inside a Trainer; does nothing with other optimizers.
+    """Runs a method of the package inside a Trainer; does nothing with other optimizers.
 
     Args:
         announces: Whether batches must be announced by hashing their content, as in a stock
@@ -88,7 +102,7 @@ class FNGDCallback(TrainerCallback):
         self._norms_seen = 0
 
     def count_norm(self, norm: Tensor | float, bound: float) -> None:
-        """Counts a step towards the share of clipped steps.
+        """Count a step towards the share of clipped steps.
 
         Args:
             norm: Gradient norm before clipping.
@@ -104,10 +118,10 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Refuses what cannot work, attaches the layers and says what was chosen.
+        """Refuse launches that cannot work, attach the layers and say which were chosen.
 
         Raises:
-            FNGDError: If the launch or the data set cannot work with FNGD.
+            FNGDError: If the launch or the data set cannot work with the method.
         """
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if optimizer is None:
@@ -116,7 +130,7 @@ class FNGDCallback(TrainerCallback):
         loader = kwargs.get("train_dataloader")
         data = getattr(loader, "dataset", None)
         rows = None if data is None or not hasattr(data, "__len__") else len(data)
-        if getattr(optimizer.config, "share", None) == "sample" and rows is None:
+        if optimizer.needs_rows and rows is None:
             raise FNGDError(
                 "share=sample needs a data set with a length (an IterableDataset has none): set "
                 "share=layer or share=none, or load the data as a map-style Dataset"
@@ -129,14 +143,14 @@ class FNGDCallback(TrainerCallback):
             self._handle = kwargs["model"].register_forward_pre_hook(hook, with_kwargs=True)
         self._epoch = -1
         if state.is_world_process_zero:
-            logger.info("%s layers:\n%s", optimizer.config.title, optimizer.selection)
-            chosen, left = len(optimizer.selection.chosen), len(optimizer.selection.left_out)
+            title, selection = optimizer.config.title, optimizer.selection
+            logger.info("%s layers:\n%s", title, selection)
             logger.warning(
-                "%s: %d layers are selected, %d are left to AdamW (%s)",
-                optimizer.config.title,
-                chosen,
-                left,
+                "%s: %d layers selected, %d other modules updated by AdamW; "
                 "print(optimizer.selection) lists them",
+                title,
+                len(selection.chosen),
+                len(selection.left_out),
             )
 
     def on_epoch_begin(
@@ -146,25 +160,18 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Enters the epoch: computes coefficients in the first one, reuses them later."""
-        optimizer = unwrap_fngd(kwargs.get("optimizer"))
+        """Enter the epoch, whose number tells a method whether to compute or to reuse."""
+        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if optimizer is None:
             return
         known_length = _has_length(kwargs.get("train_dataloader"))
         if known_length or self._epoch < 0:
             # state.epoch is a whole number here, or lies inside the epoch that is resumed.
-            epoch = int((state.epoch or 0.0) + 1e-6) if known_length else self._resumed(optimizer)
+            epoch = int((state.epoch or 0.0) + 1e-6) if known_length else optimizer.epoch
         else:
             epoch = self._epoch + 1
-        before = optimizer.coefficients.collecting
         optimizer.start_epoch(epoch)
-        if before and not optimizer.coefficients.collecting and state.is_world_process_zero:
-            logger.info("FNGD: epoch %d reuses the coefficients (first-order cost)", epoch)
         self._epoch = epoch
-
-    @staticmethod
-    def _resumed(optimizer: FNGD) -> int:
-        return optimizer.coefficients.epoch
 
     def on_step_begin(
         self,
@@ -173,11 +180,12 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Tells the method the scale of the loss, as far as the arguments know it."""
+        """Tell the method the scale of the loss, as far as the arguments know it."""
         wrapper = kwargs.get("optimizer")
         optimizer = unwrap_optimizer(wrapper)
-        if optimizer is not None and needs_scale(optimizer):
-            set_scale(optimizer, args.gradient_accumulation_steps, getattr(wrapper, "scaler", None))
+        if optimizer is not None:
+            scaler = getattr(wrapper, "scaler", None)
+            tell_loss_scale(optimizer, args.gradient_accumulation_steps, scaler)
 
     def on_step_end(
         self,
@@ -186,13 +194,15 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Lets ranks exchange what a checkpoint, or a log, will say of all of them."""
+        """Let ranks exchange what a checkpoint, or a log, will say of all of them."""
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        if optimizer is None:
+            return
         # Not in on_log, which a user's code may reach on one rank only.
-        if control.should_log and isinstance(optimizer, FNGD):
-            optimizer.coefficients.statistics.gather_counts()
+        if control.should_log:
+            optimizer.synchronize(counts=True)
         best = getattr(args.save_strategy, "value", args.save_strategy) == "best"
-        if optimizer is not None and (control.should_save or (best and control.should_evaluate)):
+        if control.should_save or (best and control.should_evaluate):
             optimizer.synchronize()
 
     def on_epoch_end(
@@ -202,10 +212,10 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Warns once if few samples find their coefficients again."""
+        """Warn once if few samples find their coefficients again."""
         self.on_step_end(args, state, control, **kwargs)
-        optimizer = unwrap_fngd(kwargs.get("optimizer"))
-        rate = optimizer.coefficients.statistics.reuse_rate if optimizer is not None else None
+        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        rate = None if optimizer is None else optimizer.reuse_rate
         if rate is not None and rate < _LOW_REUSE and not self._warned:
             self._warned = True
             logger.warning(
@@ -223,7 +233,7 @@ class FNGDCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the method's series (`fngd/...`, `kfac/...`) to logs and `trainer_state.json`."""
+        """Add the method's series (`fngd/...`, `kfac/...`) to logs and `trainer_state.json`."""
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if optimizer is None or logs is None or "loss" not in logs:
             return
@@ -235,7 +245,7 @@ class FNGDCallback(TrainerCallback):
         if self._norms_seen:
             numbers["clipped"] = float(self._clipped) / self._norms_seen
             self._clipped, self._norms_seen = 0.0, 0
-        series = {f"{optimizer.method}/{name}": value for name, value in numbers.items()}
+        series = {f"{optimizer.series}/{name}": value for name, value in numbers.items()}
         logs.update(series)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(series)
@@ -247,7 +257,7 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leaves the model as it was: no hook, no captured layer."""
+        """Leave the model as it was: no hook, no captured layer."""
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if optimizer is not None:
             self._remove_hook()

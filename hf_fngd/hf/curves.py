@@ -14,7 +14,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from hf_fngd.optimizer import FNGD  # noqa: E402
+from hf_fngd.methods import FNGD  # noqa: E402
 
 # Lines that can still be told apart, and the share of coefficients beyond each end of the axis.
 _MAX_GROUPS = 8
@@ -153,12 +153,11 @@ def kept_coefficients(optimizer: FNGD) -> dict[str, np.ndarray]:
     Returns:
         For each group of layers all γ, flat; nothing where none are kept.
     """
-    state = optimizer.coefficients
-    if state.store is None:
+    table = optimizer.coefficients() if isinstance(optimizer, FNGD) else None
+    if table is None:
         return {}
-    state.flush()
-    table = state.store.values().numpy()
-    found = {group: table[:, layers] for group, layers in layer_groups(state.names).items()}
+    values = table.numpy()
+    found = {group: values[:, layers] for group, layers in layer_groups(optimizer.layer_names).items()}
     flat = {group: values[np.isfinite(values)] for group, values in found.items()}
     return {group: values for group, values in flat.items() if values.size}
 

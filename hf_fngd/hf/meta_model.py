@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hf_fngd.errors import FNGDError
-from hf_fngd.selection import Selection
+from hf_fngd.layers.selection import Selection
 
 _IMAGE_SIZE = 224
 _LONGEST_REASON = 300

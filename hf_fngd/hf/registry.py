@@ -1,6 +1,6 @@
-"""Makes `--optim fngd` and the other names known to transformers, which has no hook for that.
+"""`--optim fngd` and the other names, registered with transformers, which has no hook for that.
 
-Three places of transformers are touched, each once: the `OptimizerNames` enum gets members (so that
+Three places of transformers change, each once: the `OptimizerNames` enum gets members (so that
 argument parsers and `TrainingArguments` accept the names), the static
 `Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, and `FNGDCallback` joins the default
 callbacks, where it does nothing unless the optimizer is one of the package.
@@ -16,43 +16,29 @@ from torch import nn
 from transformers import trainer as trainer_module
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from hf_fngd.base_optimizer import LayerOptimizer
+from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.callback import FNGDCallback
-from hf_fngd.hf.support import refuse_unsupported
-from hf_fngd.methods import KFAC, SENG, Eva, PlainOptimizer, TENGraD
-from hf_fngd.optimizer import FNGD
-from hf_fngd.settings import OptimizerConfig
+from hf_fngd.hf.callback import FNGDCallback, refuse_unsupported
+from hf_fngd.methods import METHODS, PlainOptimizer
+from hf_fngd.optimizer import LayerOptimizer
 
 # Optimizer, and the update rule that the name stands for (None: as --optim_args says).
 OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], str | None]] = {
-    "fngd": (FNGD, None),
-    "fngd_adamw": (FNGD, "adamw"),
-    "fngd_muon": (FNGD, "muon"),
-    "kfac": (KFAC, None),
-    "eva": (Eva, None),
-    "tengrad": (TENGraD, None),
-    "seng": (SENG, None),
-    "plain": (PlainOptimizer, None),
+    **{name: (kind, None) for name, kind in METHODS.items()},
+    "fngd_adamw": (METHODS["fngd"], "adamw"),
+    "fngd_muon": (METHODS["fngd"], "muon"),
     "muon": (PlainOptimizer, "muon"),
 }
 _ENUM_TABLES = ("_member_names_", "_member_map_", "_value2member_map_")
 
 
 def optimizer_name(args: TrainingArguments) -> str:
-    """Gives `--optim` as text.
-
-    Args:
-        args: Training arguments.
-
-    Returns:
-        The optimizer's name.
-    """
+    """Return `--optim` as text."""
     return str(getattr(args.optim, "value", args.optim))
 
 
 def split_words(text: str) -> dict[str, str]:
-    """Splits settings as `--optim_args` writes them.
+    """Split settings as `--optim_args` writes them.
 
     Args:
         text: name=value, several with commas; empty: none.
@@ -61,7 +47,7 @@ def split_words(text: str) -> dict[str, str]:
         Values as text, by name.
 
     Raises:
-        FNGDError: For what is not name=value, and for a name given twice.
+        FNGDError: For an entry that is not name=value, and for a name given twice.
     """
     values: dict[str, str] = {}
     for item in filter(None, text.replace(" ", "").split(",")):
@@ -78,13 +64,13 @@ def split_words(text: str) -> dict[str, str]:
 
 
 def config_from_args(args: TrainingArguments) -> OptimizerConfig:
-    """Reads the optimizer's settings from `--optim`, `--optim_args` and `--optim_target_modules`.
+    """Read the optimizer's settings from `--optim`, `--optim_args` and `--optim_target_modules`.
 
     Args:
         args: Training arguments.
 
     Returns:
-        The checked settings, FNGD's where `--optim` is none of the package's. AdamW's betas and
+        The checked settings, FNGD's where `--optim` is not one of the package's. AdamW's betas and
         epsilon come from `--adam_beta1` and so on.
 
     Raises:
@@ -96,7 +82,7 @@ def config_from_args(args: TrainingArguments) -> OptimizerConfig:
         "adam_beta2": args.adam_beta2,
         "adam_epsilon": args.adam_epsilon,
     }
-    kind, rule = OPTIMIZERS.get(optimizer_name(args), (FNGD, None))
+    kind, rule = OPTIMIZERS.get(optimizer_name(args), OPTIMIZERS["fngd"])
     if rule is not None:
         if values.get("update_rule", rule) != rule:
             raise FNGDError(
@@ -116,7 +102,7 @@ def config_from_args(args: TrainingArguments) -> OptimizerConfig:
 def optimizer_arguments(
     args: TrainingArguments, model: nn.Module | None, config: OptimizerConfig
 ) -> tuple[type[LayerOptimizer], dict[str, Any]]:
-    """Gives what `Trainer.create_optimizer` needs beside the parameter groups.
+    """Return the arguments of `Trainer.create_optimizer`, without the parameter groups.
 
     Args:
         args: Training arguments.
@@ -140,7 +126,7 @@ def optimizer_arguments(
 
 
 def register() -> None:
-    """Registers the optimizer names with transformers; calling it again changes nothing.
+    """Register the optimizer names with transformers; calling it again changes nothing.
 
     Raises:
         FNGDError: If this version of transformers lacks a name that is needed.

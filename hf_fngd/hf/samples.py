@@ -1,25 +1,170 @@
-"""Which data set rows are in a batch: an index column, or a hash of the content as the fallback."""
+"""Which data set rows are in a batch, and how the optimizer is told.
+
+Row numbers travel in an extra column past the collator (`with_index`, `IndexCollator`). A stock
+Trainer has no such column: there a hash of the content identifies each sample (`content_ids`).
+Either way `announce` tells the optimizer before the forward pass.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hf_fngd.errors import FNGDError
+from hf_fngd.methods.fisher_labels import named_inputs
+from hf_fngd.optimizer import LayerOptimizer
 
 INDEX_COLUMN = "fngd_row"
 # Odd 64-bit constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers.
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+_MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features")
+
+
+# ---- telling the optimizer -------------------------------------------------------------------
+
+
+def announce(
+    optimizer: LayerOptimizer,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    rows: Sequence[int] | None,
+) -> None:
+    """Tell the optimizer which samples the next forward pass holds.
+
+    Args:
+        optimizer: The optimizer.
+        model: The unwrapped model.
+        inputs: Its inputs.
+        rows: Row numbers, or None to hash the content (as where packing made one row of several).
+
+    Raises:
+        FNGDError: For a packed row, under a method that needs one row a sample.
+    """
+    size = batch_size(inputs)
+    if not optimizer.layers or size is None:
+        return
+    lengths = packed_lengths(inputs)
+    samples = size if lengths is None else len(lengths)
+    ids: Sequence[int] = range(samples)
+    if rows is not None and (lengths is None or len(rows) == samples):
+        ids = rows
+    elif optimizer.needs_rows:
+        config = getattr(model, "config", None)
+        eos = getattr(config, "eos_token_id", None)
+        ids = content_ids(
+            inputs if lengths is None else unpacked(inputs, lengths),
+            getattr(config, "pad_token_id", None),
+            eos if isinstance(eos, int) else -1,
+        )
+    optimizer.set_batch(ids, lengths)
+
+
+class SampleHook:
+    """Forward pre-hook on the model of a stock Trainer: announces every batch by its content.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: LayerOptimizer | None) -> None:
+        self.optimizer = optimizer
+
+    # Which samples these are depends on their content: no work for a compiled graph.
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
+        if self.optimizer is not None and torch.is_grad_enabled():
+            announce(self.optimizer, module, named_inputs(module, args, kwargs), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model must not speak to the original's optimizer.
+        return SampleHook, (None,)
+
+
+def batch_size(inputs: Mapping[str, Any]) -> int | None:
+    """Return the number of rows of the first tensor that has them; None without a tensor."""
+    for key in (*_MAIN_INPUTS, *inputs):
+        value = inputs.get(key)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+    return None
+
+
+# ---- packed rows -----------------------------------------------------------------------------
+
+
+def packed_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Find the samples of a batch of one row that holds several.
+
+    Args:
+        inputs: The model's inputs.
+
+    Returns:
+        Positions of each sample, by `cu_seq_lens_q`, `seq_idx` or `position_ids` that begin at 0
+        again; None where each row is one sample.
+
+    Raises:
+        FNGDError: If `cu_seq_lens_q` do not end where the row does.
+    """
+    if batch_size(inputs) != 1:
+        return None
+    bounds, ids = inputs.get("cu_seq_lens_q"), inputs.get("seq_idx")
+    if bounds is not None:
+        lengths = torch.as_tensor(bounds).diff().tolist()
+        main = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        total = sum(lengths) if main is None else main.shape[1]
+        if sum(lengths) != total:
+            raise FNGDError(
+                f"cu_seq_lens_q end at {sum(lengths)} and the packed row at {total}: turn packing "
+                "or padding_free off, so that each sample has its own row"
+            )
+    elif ids is not None:
+        lengths = ids[0].unique_consecutive(return_counts=True)[1].tolist()
+    else:
+        positions: Any = inputs.get("position_ids")
+        if not _is_row(positions) or int(positions[0, 0]) != 0:
+            return None
+        starts = (positions[0] == 0).nonzero().squeeze(1).tolist()
+        ends = [*starts[1:], positions.shape[1]]
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    return lengths if len(lengths) > 1 else None
+
+
+def unpacked(inputs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Tensor]:
+    """Give every sample of a packed row its own row, for its content to be hashed.
+
+    Args:
+        inputs: The model's inputs.
+        lengths: Positions of each sample.
+
+    Returns:
+        `input_ids` with their `attention_mask`, and `labels`, as far as the inputs have them.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    found = {}
+    for key, fill in (("input_ids", 0), ("labels", -100)):
+        if _is_row(inputs.get(key)):
+            parts = inputs[key][0].split(list(lengths))
+            found[key] = pad(parts, batch_first=True, padding_value=fill)
+            if key == "input_ids":
+                ones = [torch.ones_like(part) for part in parts]
+                found["attention_mask"] = pad(ones, batch_first=True)
+    return found
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1
 
 
 # ---- index column ----------------------------------------------------------------------------
 
 
 class IndexedDataset(torch.utils.data.Dataset):
-    """Gives every item of a data set its row number.
+    """Adds its row number to every item of a data set.
 
     Args:
         rows: A data set with a length.
@@ -71,7 +216,7 @@ class IndexCollator:
 
 
 class _NumberedItem:
-    """An item that is no mapping, with its row number."""
+    """An item that is not a mapping, with its row number."""
 
     def __init__(self, item: Any, row: int) -> None:
         self.item, self.row = item, row
@@ -82,7 +227,7 @@ def _number(item: Any, row: int) -> Any:
 
 
 def with_index(dataset: Any) -> Any:
-    """Adds row numbers to a training set.
+    """Add row numbers to a training set.
 
     Args:
         dataset: A data set with a length.
@@ -99,13 +244,13 @@ def with_index(dataset: Any) -> Any:
 
 
 def fingerprint(dataset: Any) -> str:
-    """Identifies a data set by its length and, for `datasets`, by columns and a few rows.
+    """Identify a data set by its length and, for `datasets`, by columns and a few rows.
 
     Args:
         dataset: Any data set; one without a length has the length -1.
 
     Returns:
-        Short text that changes with the data, but not with transforms or caches.
+        Short text that changes with the data, and not with transforms or caches.
     """
     length = len(dataset) if hasattr(dataset, "__len__") else -1
     text = f"{length} rows"
@@ -125,7 +270,7 @@ def fingerprint(dataset: Any) -> str:
 def content_ids(
     inputs: Mapping[str, Any], pad_token_id: int | None = None, eos_token_id: int = -1
 ) -> list[int]:
-    """Identifies samples by their tokens (or pixels) and labels, whatever the padding.
+    """Identify samples by their tokens (or pixels) and labels, whatever the padding.
 
     Args:
         inputs: The model's inputs.

@@ -2,35 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
+import logging
+from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
+from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.announce import announce
-from hf_fngd.hf.callback import FNGDCallback, needs_scale, set_scale, unwrap_optimizer
+from hf_fngd.hf.callback import FNGDCallback, tell_loss_scale, unwrap_optimizer
 from hf_fngd.hf.checkpoints import check_complete, last_complete, reading
-from hf_fngd.hf.loss_scale import LossScaleMixin
 from hf_fngd.hf.registry import (
     OPTIMIZERS,
     config_from_args,
     optimizer_arguments,
     optimizer_name,
 )
-from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, with_index
-from hf_fngd.settings import OptimizerConfig
+from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, with_index
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class LossScaleMixin(_Base):
+    """Trainer mixin: corrects the loss of models that accept `num_items_in_batch` and ignore it.
+
+    Marian, T5, BART, mBART, Pegasus, M2M100 and Whisper average the loss over the micro-batch,
+    although their signature makes the Trainer believe that they divide by the tokens of the whole
+    update. Under gradient accumulation and several processes the loss is then too large by their
+    number, for every optimizer alike. The model is probed once, on the first training batch. With
+    the correction, one batch of 32 and four accumulated ones of 8 give the same gradient.
+    """
+
+    _ignores_num_items: bool | None = None
+
+    def compute_loss(  # noqa: D102
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        corrected = (
+            model.training
+            and num_items_in_batch is not None
+            and isinstance(inputs, Mapping)
+            and inputs.get("labels") is not None
+            # With these the Trainer computes the loss itself, and does so correctly.
+            and getattr(self, "label_smoother", None) is None
+            and getattr(self, "compute_loss_func", None) is None
+            and self._ignores(model, inputs, num_items_in_batch)
+        )
+        tokens = (inputs["labels"] != -100).sum() if corrected else None
+        result = super().compute_loss(
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+        if tokens is None:
+            return result
+        loss = (result[0] if return_outputs else result) * tokens / num_items_in_batch
+        return (loss, *result[1:]) if return_outputs else loss
+
+    def _ignores(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
+        """Probe once whether the model's loss ignores the number of items."""
+        if self._ignores_num_items is None:
+            plain = self.accelerator.unwrap_model(model)
+            accepts = bool(getattr(self, "model_accepts_loss_kwargs", False))
+            self._ignores_num_items = accepts and _same_loss(plain, inputs, num_items)
+            if self._ignores_num_items:
+                logger.warning(
+                    "%s ignores num_items_in_batch: its loss is rescaled to the mean over all "
+                    "tokens of an update, for this run and for baselines alike",
+                    type(plain).__name__,
+                )
+        return self._ignores_num_items
+
+
+@torch.no_grad()
+def _same_loss(model: nn.Module, inputs: Mapping[str, Any], num_items: Any) -> bool:
+    training = model.training
+    model.eval()
+    try:
+        losses = [
+            model(**inputs, num_items_in_batch=num_items * factor)["loss"].float()
+            for factor in (1, 3)
+        ]
+    finally:
+        model.train(training)
+    return bool(torch.isclose(losses[0], losses[1], rtol=1e-3))
 
 
 class FNGDMixin(LossScaleMixin):
     """Trains with FNGD, or any method of the package, in any Trainer.
 
-    `class MySFTTrainer(FNGDMixin, SFTTrainer): pass` is all that a Trainer of one's own needs.
+    `class MySFTTrainer(FNGDMixin, SFTTrainer): pass` adapts a Trainer of your own.
 
-    Row numbers travel through the collator in an extra column, so coefficients are shared by sample
-    even under random augmentation.
+    Row numbers travel through the collator in an extra column, so that coefficients belong to
+    samples even under random augmentation.
 
     Args:
         *args: Arguments of the Trainer.
@@ -139,10 +218,9 @@ class FNGDMixin(LossScaleMixin):
         optimizer = unwrap_optimizer(self.optimizer)
         if optimizer is not None:
             plain = self.accelerator.unwrap_model(model)
-            if needs_scale(optimizer):
-                # The last window of an epoch may be shorter than the callback knows.
-                steps = getattr(self, "current_gradient_accumulation_steps", 1)
-                set_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
+            # The last window of an epoch may be shorter than the callback knows.
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+            tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
             announce(optimizer, plain, inputs, rows)
         return super().training_step(model, inputs, *args, **kwargs)
 

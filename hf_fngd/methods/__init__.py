@@ -1,4 +1,10 @@
-"""KFAC, Eva, TENGraD and SENG, the systems that FNGD is compared with, and plain update rules."""
+"""The methods, all by one protocol: FNGD, KFAC, Eva, TENGraD, SENG, and the plain update rules.
+
+A method is a file here with a config, an optimizer half (`hf_fngd.optimizer.LayerOptimizer` says
+what it may define) and a layer half (`hf_fngd.capture.LayerMethod`), and a line in `METHODS`. Read
+`fngd` first, or `curvature` and `preconditioned` for the methods that precondition whole gradients
+at the optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -6,58 +12,33 @@ from typing import Any
 
 from torch import nn
 
-from hf_fngd.base_optimizer import LayerOptimizer
-from hf_fngd.errors import FNGDError
-from hf_fngd.methods.eva import EvaConfig, EvaLayer
-from hf_fngd.methods.kfac import KFACConfig, KFACLayer
-from hf_fngd.methods.optimizer import PreconditionedOptimizer
-from hf_fngd.methods.plain import PlainConfig, PlainOptimizer
-from hf_fngd.methods.seng import SENGConfig, SENGLayer
-from hf_fngd.methods.tengrad import TENGraDConfig, TENGraDLayer
-from hf_fngd.optimizer import FNGD
-from hf_fngd.parameter_groups import parameter_groups
-
-
-class KFAC(PreconditionedOptimizer):
-    """KFAC (Martens & Grosse 2015) for the selected layers, AdamW for the rest."""
-
-    config_class, layer_class, method = KFACConfig, KFACLayer, "kfac"
-
-
-class Eva(PreconditionedOptimizer):
-    """Eva (Zhang, Shi & Li 2023) for the selected layers, AdamW for the rest."""
-
-    config_class, layer_class, method = EvaConfig, EvaLayer, "eva"
-
-
-class TENGraD(PreconditionedOptimizer):
-    """TENGraD (arXiv 2106.03947) for the selected layers, AdamW for the rest."""
-
-    config_class, layer_class, method = TENGraDConfig, TENGraDLayer, "tengrad"
-
-
-class SENG(PreconditionedOptimizer):
-    """SENG (arXiv 2006.05924) for the selected layers, AdamW for the rest."""
-
-    config_class, layer_class, method = SENGConfig, SENGLayer, "seng"
-
+from hf_fngd.errors import FNGDError, suggestion
+from hf_fngd.layers.selection import parameter_groups
+from hf_fngd.methods.eva import Eva, EvaConfig
+from hf_fngd.methods.fngd import FNGD, FNGDConfig, create_fngd_optimizer
+from hf_fngd.methods.kfac import KFAC, KFACConfig
+from hf_fngd.methods.seng import SENG, SENGConfig
+from hf_fngd.methods.tengrad import TENGraD, TENGraDConfig
+from hf_fngd.optimizer import LayerOptimizer, PlainConfig, PlainOptimizer
 
 METHODS: dict[str, type[LayerOptimizer]] = {
     kind.method: kind for kind in (FNGD, KFAC, Eva, TENGraD, SENG, PlainOptimizer)
 }
 __all__ = [
+    "FNGD",
     "KFAC",
     "METHODS",
     "SENG",
     "Eva",
     "EvaConfig",
+    "FNGDConfig",
     "KFACConfig",
     "PlainConfig",
     "PlainOptimizer",
-    "PreconditionedOptimizer",
     "SENGConfig",
     "TENGraD",
     "TENGraDConfig",
+    "create_fngd_optimizer",
     "create_preconditioned_optimizer",
 ]
 
@@ -65,7 +46,7 @@ __all__ = [
 def create_preconditioned_optimizer(
     model: nn.Module, *, method: str, lr: float, weight_decay: float = 0.0, **config: Any
 ) -> LayerOptimizer:
-    """Makes an optimizer of any method for a model and attaches it: one line of a plain loop.
+    """Make an optimizer of any method for a model and attach it: one line of a plain loop.
 
         optimizer = create_preconditioned_optimizer(model, method="kfac", lr=1e-2, damping=0.1)
 
@@ -83,6 +64,6 @@ def create_preconditioned_optimizer(
         FNGDError: For an unknown method, bad settings, or if no layer can be selected.
     """
     if method not in METHODS:
-        raise FNGDError(f"method={method!r} is unknown: choose {', '.join(METHODS)}")
+        raise FNGDError(f"method={method!r} is unknown: {suggestion(method, METHODS)}")
     groups = parameter_groups(model, weight_decay)
     return METHODS[method](groups, lr, module=model, **config)

@@ -10,22 +10,18 @@ the same scale as in the other methods; for layers without shared positions that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_fngd.calls import Call, gather_calls
-from hf_fngd.layers import LinearAdapter
-from hf_fngd.methods.averages import AveragedCurvature
-from hf_fngd.methods.base import (
-    Observed,
-    PreconditionerConfig,
-    alive,
-    step_control,
-)
-from hf_fngd.settings import setting
+from hf_fngd.config import setting
+from hf_fngd.layers import LayerType
+from hf_fngd.layers.calls import Call, gather_calls
+from hf_fngd.methods.curvature import AveragedCurvature, alive
+from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig, kl_clip
 
 
 @dataclass
@@ -38,7 +34,7 @@ class EvaConfig(PreconditionerConfig):
 
     title: ClassVar[str] = "Eva"
 
-    step_control: str = step_control("kl_clip")
+    kl_clip: float | None = kl_clip(1e-3)
     stat_decay: float = setting(
         0.05,
         "Weight of the old vectors in the running average, in [0, 1); the authors' code has 0.05.",
@@ -53,20 +49,20 @@ class EvaLayer(AveragedCurvature):
 
     config: EvaConfig
 
-    def _shapes(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         groups, d_out, d_in = self.shape
         return [(groups, d_in), (groups, d_out)]
 
-    def _describe(self, seen: Observed) -> list[Tensor]:
-        means = [_means(seen.adapter, call) for call in seen.calls]
+    def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
+        means = [_means(self.kind, call) for call in calls]
         mean_a, total_g = (sum(parts[1:], parts[0]) for parts in zip(*means, strict=True))
         mean_a = mean_a / len(means)
-        if seen.joint:
+        if joint:
             mean_a = torch.cat([mean_a, mean_a.new_ones(len(mean_a), 1)], 1)
-        return [mean_a, total_g * (seen.kappa / len(seen.calls[0][1]))]
+        return [mean_a, total_g * (kappa / len(calls[0].g))]
 
-    def update(self, step: int) -> bool:  # noqa: D102
-        means = self._means()
+    def update(self, step: int) -> bool:
+        means = self.means()
         if means is not None:
             keep = self.config.stat_decay
             for name, value in zip(("a", "g"), means, strict=True):
@@ -74,7 +70,7 @@ class EvaLayer(AveragedCurvature):
                 self.state[name] = value if old is None else old.lerp(value, 1 - keep)
         return not self._lost
 
-    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         if not self.state:
             return m, m.new_zeros(())
         a, g = self.state["a"].unsqueeze(2), self.state["g"].unsqueeze(2)
@@ -85,20 +81,32 @@ class EvaLayer(AveragedCurvature):
         return m - share * (g @ a.transpose(1, 2)), damping
 
 
-def _means(adapter: LinearAdapter, call: Call) -> tuple[Tensor, Tensor]:
-    """Averages one call's inputs over samples and positions, and sums its gradients.
+class Eva(PreconditionedOptimizer):
+    """Eva (Zhang, Shi & Li 2023) for the selected layers, AdamW for the rest."""
+
+    config_class = EvaConfig
+    layer_class = EvaLayer
+    method = "eva"
+
+
+def _means(kind: LayerType, call: Call) -> tuple[Tensor, Tensor]:
+    """Average one call's inputs over samples and positions, and sum its gradients.
+
+    Args:
+        kind: The layer's type.
+        call: The call.
 
     Returns:
         `[G, d_in]` and `[G, d_out]`.
     """
-    if not adapter.may_pad:
+    if not kind.may_pad:
         # Unfolding an image is linear, so that the mean image is enough.
         x, g, weight = call
         precise = torch.promote_types(x.dtype, torch.float32)
         mean_x = x.mean(0, keepdim=True, dtype=precise)
-        call = mean_x, g.sum(0, keepdim=True, dtype=precise), weight
-    a, g = gather_calls(adapter, [call])
-    mask = alive(adapter, g)
+        call = Call(mean_x, g.sum(0, keepdim=True, dtype=precise), weight)
+    a, g = gather_calls(kind, [call])
+    mask = alive(kind, g)
     if mask is None:
         return a.mean((1, 2)), g.sum((1, 2))
     return (a * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1), g.sum((1, 2))

@@ -7,7 +7,8 @@ position that has one, the gradients of the log-likelihood pass through the capt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _WAY_OUT = "set fisher_labels=empirical"
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a class from each row of logits.
+    """Draw a class from each row of logits.
 
     Args:
         logits: `[rows, classes]`.
@@ -38,7 +39,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 def sampled_loss(
     logits: Tensor, mask: Tensor | None, samples: int, generator: torch.Generator
 ) -> Tensor:
-    """Gives the loss of drawn labels, scaled so that its gradients are those of single samples.
+    """Compute the loss of drawn labels; its gradients are those of single samples.
 
     Args:
         logits: `[N, C]` or `[N, T, C]`.
@@ -61,7 +62,7 @@ def sampled_loss(
 def labelled_positions(
     model: nn.Module, logits: Tensor, inputs: Mapping[str, Any]
 ) -> Tensor | None:
-    """Finds the positions whose logits the loss looks at.
+    """Find the positions whose logits enter the loss.
 
     Args:
         model: The model.
@@ -97,25 +98,29 @@ def labelled_positions(
     return None
 
 
+def named_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the inputs of a forward pass by name."""
+    names = inspect.signature(model.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 class FisherLabels:
     """Forward hook on the model: on update steps, a second backward with drawn labels.
 
     Args:
-        begin: Gives a context for the second backward and its random numbers, or None where none
-            is due.
-        weights: The weights of the captured layers.
+        optimizer: A `PreconditionedOptimizer`, referred to weakly; None for a copy of the model.
     """
 
-    def __init__(
-        self, begin: Callable[[], Any] | None, weights: Callable[[], Sequence[Tensor]]
-    ) -> None:
-        self._begin, self._weights = begin, weights
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
 
     @torch.compiler.disable
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Runs the second backward.
+        """Run the second backward pass.
 
         Args:
             model: The model.
@@ -126,7 +131,10 @@ class FisherLabels:
         Raises:
             FNGDError: If the output holds no logits, or the graph allows no second backward.
         """
-        begun = self._begin() if self._begin is not None and torch.is_grad_enabled() else None
+        optimizer = self._optimizer()
+        if optimizer is None or not torch.is_grad_enabled():
+            return
+        begun = optimizer.begin_sampling()
         if begun is None:
             return
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -143,14 +151,12 @@ class FisherLabels:
                 "position ([N, C] or [N, T, C], a tensor or .logits), not "
                 f"{type(output).__name__}{shape} and problem_type={problem}: {_WAY_OUT}"
             )
-        names = inspect.signature(model.forward).parameters
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = labelled_positions(model, logits, inputs)
+        mask = labelled_positions(model, logits, named_inputs(model, args, kwargs))
         context, generator = begun
         with context:
             loss = sampled_loss(logits, mask, len(logits), generator)
             try:
-                weights = [weight for weight in self._weights() if weight.requires_grad]
+                weights = [weight for weight in optimizer.weights() if weight.requires_grad]
                 torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise FNGDError(
@@ -160,4 +166,4 @@ class FisherLabels:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model must not speak to the original's optimizer.
-        return FisherLabels, (None, list)
+        return FisherLabels, (None,)

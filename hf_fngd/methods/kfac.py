@@ -7,22 +7,18 @@ the inputs and sums the gradients of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_fngd.coefficients import inverse_of_shifted
-from hf_fngd.methods.averages import AveragedCurvature
-from hf_fngd.methods.base import (
-    Observed,
-    PreconditionerConfig,
-    alive,
-    inverse_or_zero,
-    step_control,
-)
-from hf_fngd.settings import setting
+from hf_fngd.config import setting
+from hf_fngd.layers.calls import Call
+from hf_fngd.methods.curvature import AveragedCurvature, alive, inverse_or_zero
+from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig, kl_clip
+from hf_fngd.solve.coefficients import inverse_of_shifted
 
 # Rows of positions that are copied at a time to form a factor.
 _BLOCK_BYTES = 2**26
@@ -38,7 +34,7 @@ class KFACConfig(PreconditionerConfig):
 
     title: ClassVar[str] = "KFAC"
 
-    step_control: str = step_control("kl_clip")
+    kl_clip: float | None = kl_clip(1e-3)
     kfac_approx: str = setting(
         "expand",
         "Positions that share a weight: expand (each is a sample of its own; exact for sums over "
@@ -67,13 +63,6 @@ class KFACConfig(PreconditionerConfig):
         at_least=1,
         resumed=True,
     )
-    loss_terms: float = setting(
-        1.0,
-        "Number R of loss terms a sample (1: one label; the sequence length where every token "
-        "has one). Scales G; without effect under relative damping.",
-        above=0.0,
-        resumed=True,
-    )
 
 
 class KFACLayer(AveragedCurvature):
@@ -81,32 +70,32 @@ class KFACLayer(AveragedCurvature):
 
     config: KFACConfig
 
-    def _shapes(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         groups, d_out, d_in = self.shape
         return [(groups, d_in, d_in), (groups, d_out, d_out), ()]
 
-    def _describe(self, seen: Observed) -> list[Tensor]:
-        a, g = seen.canonical()
+    def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
+        a, g = self.canonical(calls, kappa, joint)
         n = g.shape[1]
         if self.config.kfac_approx == "reduce":
-            mask = alive(seen.adapter, g)
+            mask = alive(self.kind, g)
             if mask is None:
                 a = a.mean(2, keepdim=True)
             else:
                 a = (a * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
             g, mask = g.sum(2, keepdim=True), None
         else:
-            mask = alive(seen.adapter, g)
+            mask = alive(self.kind, g)
         if mask is None:
             factor_a = second_moment(a) / (a.shape[1] * a.shape[2])
         else:
             rows = mask.sum((1, 2, 3)).clamp(min=1)
             factor_a = second_moment(a * mask) / rows.view(-1, 1, 1)
-        factor_g = second_moment(g) * (self.config.loss_terms / n)
+        factor_g = second_moment(g) * (1 / n)
         return [factor_a, factor_g, factor_a.new_tensor(float(n))]
 
-    def update(self, step: int) -> bool:  # noqa: D102
-        means = self._means()
+    def update(self, step: int) -> bool:
+        means = self.means()
         if means is None:
             return not self._lost
         state = self.state
@@ -139,10 +128,10 @@ class KFACLayer(AveragedCurvature):
         balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0).view(-1, 1, 1)
         root = scale.sqrt()
         for name, factor, share in (("a", a, root / balance), ("g", g, root * balance)):
-            state[f"inverse_{name}"], safer = inverse_of_shifted(factor * share)
-            self.fallbacks += safer
+            state[f"inverse_{name}"], fallback = inverse_of_shifted(factor * share)
+            self.fallbacks += fallback
 
-    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         state = self.state
         if "damping" not in state:
             return m, m.new_zeros(())
@@ -153,13 +142,21 @@ class KFACLayer(AveragedCurvature):
         return g @ m @ a, state["damping"]
 
 
+class KFAC(PreconditionedOptimizer):
+    """KFAC (Martens & Grosse 2015) for the selected layers, AdamW for the rest."""
+
+    config_class = KFACConfig
+    layer_class = KFACLayer
+    method = "kfac"
+
+
 def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(0.5 * (factor + factor.transpose(1, 2)))
     return values.clamp(min=0), vectors
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """Sums the outer products of all rows: half of the products are mirrored.
+    """Sum the outer products of all rows; half of the products are mirrored.
 
     Args:
         x: Rows `[G, N, T, d]`, in any memory layout.

@@ -5,10 +5,10 @@ With the per-sample gradients U of an earlier batch, F = UUᵀ/N and V = λ(F + 
 * layers of moderate size keep U; its Gram matrix and Uᵀvec(M) are taken from a random subset of
   coordinates (sketched least squares), the product Uv from all of them;
 * big layers keep u_n ≈ Y_n X_nᵀ of low rank; sums Σ_n v_n Y_n X_nᵀ are replaced by one product of
-  sums (the authors' implicit form), unless `big_product=sum`.
+  sums (the authors' implicit form).
 
 Sketches are unbiased: the expectation of the sketched Gram matrix and of the sketched Uᵀvec(M) is
-the exact one. The authors' code scales both once more by the sketching ratio (`reference_sketch`).
+the exact one. The authors' code scales both once more by the sketching ratio.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fngd.methods.base import Observed, PreconditionerConfig
-from hf_fngd.methods.blocks import BlockCurvature, SampleBlock
-from hf_fngd.settings import setting
+from hf_fngd.config import setting
+from hf_fngd.methods.curvature import BlockCurvature, SampleBlock
+from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig
 
 
 @dataclass
@@ -47,11 +47,6 @@ class SENGConfig(PreconditionerConfig):
         at_least=0,
         resumed=True,
     )
-    reference_sketch: bool = setting(
-        False,
-        "Whether sketches are scaled as in the authors' code, once more than is unbiased.",
-        resumed=True,
-    )
     big_layer_size: int = setting(
         1_000_000,
         "Layers with more weights than this take the low-rank form; the authors use 700,000 in "
@@ -61,16 +56,6 @@ class SENGConfig(PreconditionerConfig):
     )
     big_rank: int = setting(
         16, "Rank of each sample's gradient in big layers.", at_least=1, resumed=True
-    )
-    big_product: str = setting(
-        "outer",
-        "How gradients of big layers are added up: outer (one product of sums; the paper) or sum "
-        "(exact).",
-        choices=("outer", "sum"),
-        resumed=True,
-    )
-    batch_norm: bool = setting(
-        True, "Whether BatchNorm2d layers have a block of their own.", resumed=True
     )
 
 
@@ -92,52 +77,47 @@ class SENGLayer(BlockCurvature):
             return False
         return q < max(d_out, d_in) if self.big else q * q < self.shape.numel()
 
-    def clamped(self) -> str | None:  # noqa: D102
+    def clamped(self) -> str | None:
         if self.config.sketch_size == 0 or self.sketched:
             return None
         return f"sketch_size={self.config.sketch_size} is no less than the layer: no sketch"
 
-    def _describe(self, seen: Observed) -> dict[str, Tensor]:
-        a, g = seen.canonical()
+    def describe(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         if self.big:
-            return self._describe_big(*_low_rank(a, g, self.config.big_rank), seen.step)
+            return self._describe_big(*_low_rank(a, g, self.config.big_rank))
         block = SampleBlock.of(a, g, whole=True)
         u = block.tensors["u"]
         found = {**block.tensors, "trace": torch.linalg.vector_norm(u).square()}
         if not self.sketched:
             return {**found, "gram": block.gram()}
         size = self.shape.numel()
-        chosen = self._draw(size, self.config.sketch_size**2, seen.step).to(u.device)
+        chosen = self._draw(size, self.config.sketch_size**2).to(u.device)
         sketch = u[:, chosen]
-        ratio = size / len(chosen)
-        found |= {"chosen": chosen, "sketch": sketch, "ratio": self._ratio(ratio)}
-        return {**found, "gram": sketch @ sketch.t() * float(found["ratio"])}
+        ratio = torch.tensor(size / len(chosen), dtype=torch.float64)
+        found |= {"chosen": chosen, "sketch": sketch, "ratio": ratio}
+        return {**found, "gram": sketch @ sketch.t() * float(ratio)}
 
-    def _describe_big(self, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
+    def _describe_big(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         block = SampleBlock.of(x, y, whole=False)
         found = dict(block.tensors)
         ratio = 1.0
         if self.sketched:
             for salt, (name, factor) in enumerate((("a", x), ("g", y))):
                 q = min(self.config.sketch_size, factor.shape[-1])
-                chosen = self._draw(factor.shape[-1], q, 2 * step + salt).to(x.device)
+                chosen = self._draw(factor.shape[-1], q, salt).to(x.device)
                 found[f"chosen_{name}"] = chosen
                 found[f"sketch_{name}"] = factor[..., chosen].contiguous()
                 ratio *= factor.shape[-1] / q
             block = self._sketch_block(found)
-        found["ratio"] = self._ratio(ratio)
-        matrix = block.gram("hadamard") * float(found["ratio"])
+        found["ratio"] = torch.tensor(ratio, dtype=torch.float64)
+        matrix = block.gram("hadamard") * ratio
         # Exact, where the sketch would make relative damping a random number.
         trace = ((x @ x.transpose(2, 3)) * (y @ y.transpose(2, 3))).sum()
         return {**found, "gram": matrix, "trace": trace}
 
-    def _ratio(self, ratio: float) -> Tensor:
-        return torch.tensor(
-            ratio**2 if self.config.reference_sketch else ratio, dtype=torch.float64
-        )
-
-    def _draw(self, size: int, count: int, step: int) -> Tensor:
-        return torch.randperm(size, generator=self.generator(step))[:count]
+    def _draw(self, size: int, count: int, *salt: int) -> Tensor:
+        generator = self.generator(self.optimizer.steps, *salt)
+        return torch.randperm(size, generator=generator)[:count]
 
     @staticmethod
     def _sketch_block(state: dict[str, Tensor]) -> SampleBlock:
@@ -145,7 +125,7 @@ class SENGLayer(BlockCurvature):
         shape = torch.Size((len(a), g.shape[-1], a.shape[-1]))
         return SampleBlock({"a": a, "g": g}, shape)
 
-    def _inner(self, block: SampleBlock, m: Tensor) -> Tensor:
+    def inner(self, block: SampleBlock, m: Tensor) -> Tensor:
         state = self.state
         if "sketch" in state:
             return state["sketch"] @ m.reshape(-1)[state["chosen"]] * float(state["ratio"])
@@ -154,15 +134,15 @@ class SENGLayer(BlockCurvature):
             return self._sketch_block(state).inner(part) * float(state["ratio"])
         return block.inner(m)
 
-    def local_parts(self, m: Tensor) -> list[Tensor]:  # noqa: D102
-        if not (self.big and self.config.big_product == "outer"):
+    def local_parts(self, m: Tensor) -> list[Tensor]:
+        if not self.big:
             return super().local_parts(m)
         groups, d_out, d_in = self.shape
         rank = self.config.big_rank
         parts = [m.new_zeros(()), m.new_zeros(groups, d_out, rank), m.new_zeros(groups, rank, d_in)]
         if self.state:
-            block = self._block()
-            weights = self.state["solver"] @ self._inner(block, m)
+            block = self.block()
+            weights = self.state["solver"] @ self.inner(block, m)
             roots = weights.abs().sqrt()
             x, y = self.state["a"], self.state["g"]
             total = roots.sum().clamp(min=torch.finfo(m.dtype).tiny)
@@ -172,14 +152,22 @@ class SENGLayer(BlockCurvature):
             parts[2][:, :width] = torch.einsum("n,gnpi->gpi", weights / total, x)
         return parts
 
-    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         if len(parts) == 2:
             return super().combine(m, parts)
         return m - parts[1] @ parts[2], parts[0]
 
 
+class SENG(PreconditionedOptimizer):
+    """SENG (arXiv 2006.05924) for the selected layers, AdamW for the rest."""
+
+    config_class = SENGConfig
+    layer_class = SENGLayer
+    method = "seng"
+
+
 def _low_rank(a: Tensor, g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Approximates g_nᵀ a_n by factors of the given rank, from the singular vectors of g_n.
+    """Approximate g_nᵀ a_n by factors of the given rank, from the singular vectors of g_n.
 
     Returns:
         X `[G, N, p, d_in]` and Y `[G, N, p, d_out]`, p at most `rank`.

@@ -14,12 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from hf_fngd.methods.base import Observed, PreconditionerConfig
-from hf_fngd.methods.blocks import BlockCurvature, SampleBlock
-from hf_fngd.settings import setting
+from hf_fngd.config import setting
+from hf_fngd.methods.curvature import BlockCurvature, SampleBlock
+from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig
 
 
 @dataclass
@@ -45,20 +44,6 @@ class TENGraDConfig(PreconditionerConfig):
         at_least=1,
         resumed=True,
     )
-    rank_threshold: float = setting(
-        1.0,
-        "Truncated form: singular values of U are kept until their sum reaches this share; the "
-        "authors use 0.9. 1: exact.",
-        above=0.0,
-        at_most=1.0,
-        resumed=True,
-    )
-    gram_route: str = setting(
-        "auto",
-        "How Gram matrices are formed where U is not kept: auto (fewest operations), direct or "
-        "hadamard.",
-        choices=("auto", "direct", "hadamard"),
-    )
     gram_memory_mb: int = setting(
         256, "Upper bound in MiB of the workspace of one layer's Gram matrix.", at_least=1
     )
@@ -69,24 +54,15 @@ class TENGraDLayer(BlockCurvature):
 
     config: TENGraDConfig
 
-    def _describe(self, seen: Observed) -> dict[str, Tensor]:
-        a, g = seen.canonical()
+    def describe(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         block = SampleBlock.of(a, g)
-        matrix = block.gram(self.config.gram_route, self.config.gram_memory_mb * 2**20)
+        matrix = block.gram(memory_bytes=self.config.gram_memory_mb * 2**20)
         return {**block.tensors, "gram": matrix, "trace": matrix.diagonal().sum()}
 
-    def _invert(
-        self, matrix: Tensor, scale: Tensor, count: float, pending: dict[str, Tensor]
-    ) -> tuple[Tensor, bool]:
-        if self.config.rank_threshold == 1.0:
-            return super()._invert(matrix, scale, count, pending)
-        values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.t()))
-        values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
-        share = values.sqrt().cumsum(0)
-        kept = int((share < self.config.rank_threshold * share[-1]).sum()) + 1
-        values, vectors = values[:kept], vectors[:, :kept]
-        shrink = scale / count / (1 + scale / count * values)
-        if "u" in pending:
-            pending["u"] = vectors.t() @ pending["u"]
-            return shrink.diag(), False
-        return (vectors * shrink) @ vectors.t(), False
+
+class TENGraD(PreconditionedOptimizer):
+    """TENGraD (arXiv 2106.03947) for the selected layers, AdamW for the rest."""
+
+    config_class = TENGraDConfig
+    layer_class = TENGraDLayer
+    method = "tengrad"

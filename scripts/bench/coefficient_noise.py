@@ -36,7 +36,7 @@ from translation.model import ModelArguments, load_model  # noqa: E402
 from workload import write_results  # noqa: E402
 
 from hf_fngd import FNGD, create_fngd_optimizer, create_preconditioned_optimizer  # noqa: E402
-from hf_fngd.selection import select_layers  # noqa: E402
+from hf_fngd.layers.selection import select_layers  # noqa: E402
 
 
 @dataclass

@@ -22,7 +22,7 @@ from common.baselines import baselines
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_optimizer
 from hf_fngd.hf.card_text import CardFacts
-from hf_fngd.selection import layer_table
+from hf_fngd.layers.selection import layer_table
 
 ONE_RUN = "The scores are those of one run with one seed."
 ADAPTERS = "These are LoRA adapters: loading them needs peft and the model they were trained on."

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from common.facts import card_facts, environment, local_base, optimizer_facts
 from common.source import describe
-from hf_fngd.hf.callback import unwrap_fngd
+from hf_fngd.hf.callback import unwrap_optimizer
 from hf_fngd.hf.curves import kept_coefficients, plot_coefficients, summary
 
 matplotlib.use("Agg")
@@ -113,7 +113,7 @@ def write_run(
     if trainer.train_dataset is not None:
         found["train_rows"] = len(trainer.train_dataset)
     found |= optimizer_facts(trainer) | local_base(found["settings"]["model"])
-    optimizer = unwrap_fngd(trainer.optimizer)
+    optimizer = unwrap_optimizer(trainer.optimizer)
     kept = kept_coefficients(optimizer) if optimizer is not None else {}
     if kept:
         found["optimizer"]["coefficients"] = summary(kept)

@@ -23,7 +23,7 @@ from common.training import TrainingClock, is_ours
 from hf_fngd import FNGDSeq2SeqTrainer
 from hf_fngd.hf.card import CardMixin
 from hf_fngd.hf.hub import HubMixin
-from hf_fngd.hf.loss_scale import LossScaleMixin
+from hf_fngd.hf.trainer import LossScaleMixin
 
 SHOWN = 10
 

@@ -10,7 +10,6 @@ import torch
 from common.arguments import InputError
 
 from hf_fngd import FNGD
-from hf_fngd.sample_store import SampleStore
 
 
 def misalign(rows: datasets.Dataset, fraction: float, seed: int) -> datasets.Dataset:
@@ -58,17 +57,17 @@ def separation(optimizer: Any, rows: datasets.Dataset) -> dict[str, Any] | None:
         γ, averaged over layers, of the two (0.5: γ tells nothing), also for each layer by itself.
         None without FNGD's share=sample or without both kinds of pairs.
     """
-    store = optimizer.coefficients.store if isinstance(optimizer, FNGD) else None
-    if not isinstance(store, SampleStore) or store.rows is not None:
+    if not (isinstance(optimizer, FNGD) and optimizer.needs_rows):
         return None
-    if len(store.table) != len(rows):  # nothing is stored yet
+    table, noisy = optimizer.coefficients(), torch.tensor(rows["misaligned"])
+    # Without a table row for each data set row, ids were hashes, or nothing is stored yet.
+    if optimizer.store.rows is not None or len(table) != len(rows):
         return None
-    table, noisy = store.values(), torch.tensor(rows["misaligned"])
     known = ~table.isnan().any(1)
     aligned, other = table[known & ~noisy], table[known & noisy]
     if not (len(aligned) and len(other)):
         return None
-    names = optimizer.coefficients.names
+    names = optimizer.layer_names
     return {
         "pairs": int(noisy.sum()),
         "gamma_aligned": float(aligned.mean()),

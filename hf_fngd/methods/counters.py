@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_fngd.coefficients import Solution
 from hf_fngd.ranks import gather
+from hf_fngd.solve.coefficients import Solution
 
 
 class Stopwatch:
@@ -22,14 +22,7 @@ class Stopwatch:
 
     @contextmanager
     def timer(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed work.
-
-        Args:
-            device: Where the work runs.
-
-        Yields:
-            Nothing.
-        """
+        """Add the time of the enclosed work on a device."""
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -42,11 +35,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - begin
 
     def seconds(self) -> float:
-        """Reads the time so far.
-
-        Returns:
-            Seconds.
-        """
+        """Return the seconds so far."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
@@ -54,8 +43,8 @@ class Stopwatch:
         return self._seconds
 
 
-class Statistics:
-    """What happened since the last report; rows are counted over the epoch."""
+class Counters:
+    """Numbers since the last report; rows are counted over the epoch."""
 
     def __init__(self) -> None:
         self.clock = Stopwatch()
@@ -67,12 +56,12 @@ class Statistics:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Sets the counts that belong to an epoch back to zero."""
+        """Set the counts of the epoch to zero."""
         self.rows_known = 0
         self.rows_seen = 0
 
     def count_rows(self, known: int, seen: int) -> None:
-        """Counts the samples of a batch in an epoch that reuses coefficients.
+        """Count the samples of a batch in an epoch that reuses coefficients.
 
         Args:
             known: Samples with stored coefficients.
@@ -87,11 +76,7 @@ class Statistics:
         return self.rows_known / self.rows_seen if self.rows_seen else None
 
     def count_solution(self, solution: Solution) -> None:
-        """Adds one layer's coefficients.
-
-        Args:
-            solution: The coefficients, and how they came about.
-        """
+        """Add one layer's coefficients."""
         gamma = solution.gamma
         self.nonfinite += not solution.finite
         self.fallbacks += solution.fallback
@@ -104,18 +89,18 @@ class Statistics:
             self._gamma = now
             self._count += gamma.numel()
 
-    def gather_counts(self) -> None:
-        """Adds up the counts of all ranks for the next report; they must call it together."""
+    def gather(self) -> None:
+        """Add up the counts of all ranks for the next report; they must call it together."""
         parts = gather((self.nonfinite, self.fallbacks))
         if parts is not None:
             self._of_all_ranks = sum(p[0] for p in parts), sum(p[1] for p in parts)
 
     def report(self) -> dict[str, float]:
-        """Gives the numbers collected since the last report and starts the γ statistics anew.
+        """Return the numbers since the last report, and start the statistics of γ anew.
 
         Returns:
             Floats by name; γ entries are absent where no coefficients were computed. Counts are
-            those of all ranks after `gather_counts`, otherwise this rank's.
+            those of all ranks after `gather`, otherwise this rank's.
         """
         nonfinite, fallbacks = self._of_all_ranks or (self.nonfinite, self.fallbacks)
         self._of_all_ranks = None

@@ -7,8 +7,6 @@ With U = [u_1 … u_N] the per-sample weight gradients of one layer, K = UᵀU i
   memory than they are given (no u_n remains to form the weighted gradient from);
 * the Hadamard route: K_nm = Σ_ts (a_nt·a_ms)(g_nt·g_ms), which needs no u_n at all.
 
-Since K is a sum over output features, a random part of them, scaled up, estimates it without bias.
-
 In bfloat16 the products are formed in it, from inputs in it, and added up in float32.
 
 Inputs are in the canonical layout `[G, N, T, d]` of `hf_fngd.layers`. Costs, in multiply-adds:
@@ -43,7 +41,7 @@ class SampleGram(NamedTuple):
 
 
 def route_costs(n: int, t: int, d_in: int, d_out: int) -> dict[str, int]:
-    """Counts the multiply-adds of both routes, for one group of channels.
+    """Count the multiply-adds of both routes, for one group of channels.
 
     Args:
         n: Samples.
@@ -52,7 +50,7 @@ def route_costs(n: int, t: int, d_in: int, d_out: int) -> dict[str, int]:
         d_out: Output features.
 
     Returns:
-        Multiply-adds by route, exact where the workspace is not what bounds a block.
+        Multiply-adds by route, exact unless the workspace limits a block.
     """
     return {
         "direct": d_in * d_out * (n * t + _formed(n, _half(n))),
@@ -61,7 +59,7 @@ def route_costs(n: int, t: int, d_in: int, d_out: int) -> dict[str, int]:
 
 
 def choose_route(n: int, t: int, d_in: int, d_out: int) -> str:
-    """Picks the route with fewer operations.
+    """Pick the route with fewer operations.
 
     Args:
         n: Samples.
@@ -70,8 +68,7 @@ def choose_route(n: int, t: int, d_in: int, d_out: int) -> str:
         d_out: Output features.
 
     Returns:
-        `hadamard` where it has fewer, else `direct`. Memory does not enter: both routes can be
-        blocked to fit any budget.
+        `direct` or `hadamard`. Memory plays no role: both routes work in blocks of any size.
     """
     costs = route_costs(n, t, d_in, d_out)
     return min(costs, key=lambda route: costs[route])
@@ -84,9 +81,8 @@ def sample_gram(
     bias: bool,
     route: str = "auto",
     memory_bytes: int = 2**28,
-    outputs: Tensor | None = None,
 ) -> SampleGram:
-    """Forms K of per-sample gradients, positions summed within each sample.
+    """Form K of per-sample gradients, positions summed within each sample.
 
     Args:
         a: Layer inputs `[G, N, T, d_in]`.
@@ -94,24 +90,21 @@ def sample_gram(
         bias: Whether the layer's bias is part of the block: adds (Σ_t g)(Σ_t g)ᵀ.
         route: `auto`, `direct` or `hadamard`.
         memory_bytes: Bound on the workspace; larger problems are done in blocks.
-        outputs: Numbers of the output features (in every group) that K is estimated from, drawn
-            without preference; None: all of them. The bias' part, being cheap, is always exact.
 
     Returns:
         K, and the per-sample gradients if they were materialised as a whole.
     """
     _, n, t, d_in = a.shape
-    part = g if outputs is None else g[..., outputs] * (g.shape[-1] / len(outputs)) ** 0.5
     if route == "auto":
-        route = choose_route(n, t, d_in, part.shape[-1])
+        route = choose_route(n, t, d_in, g.shape[-1])
     if route == "hadamard":
-        per_sample, matrix = None, _hadamard(a, part, memory_bytes)
+        per_sample, matrix = None, _hadamard(a, g, memory_bytes)
     else:
-        per_sample, matrix = _direct(a, part, memory_bytes)
+        per_sample, matrix = _direct(a, g, memory_bytes)
     if bias:
         sums = g.sum(2, dtype=matrix.dtype)
         matrix = matrix + torch.einsum("gnd,gmd->nm", sums, sums)
-    return SampleGram(matrix, per_sample if outputs is None else None)
+    return SampleGram(matrix, per_sample)
 
 
 def _sum_dtype(a: Tensor) -> torch.dtype:
@@ -156,7 +149,7 @@ def _formed(n: int, block: int) -> int:
 
 
 def _add_lower(matrix: Tensor, u: Tensor) -> None:
-    """Adds uuᵀ, but for the upper right quarter: K is symmetric and torch has no such product."""
+    """Add uuᵀ without its upper right quarter: K is symmetric, and torch has no such product."""
     half = _half(len(u))
     if u.shape[1] % _PIECES or u.dtype == torch.bfloat16:
         matrix[:half, :half] += u[:half] @ u[:half].t()
@@ -169,11 +162,7 @@ def _add_lower(matrix: Tensor, u: Tensor) -> None:
 
 
 def _mirror(matrix: Tensor, block: int) -> Tensor:
-    """Fills what lies above the diagonal blocks from below.
-
-    Returns:
-        The matrix.
-    """
+    """Fill the blocks above the diagonal from those below, and return the matrix."""
     for i in range(block, len(matrix), block):
         matrix[:i, i : i + block] = matrix[i : i + block, :i].t()
     return matrix
@@ -187,44 +176,13 @@ def _hadamard(a: Tensor, g: Tensor, memory_bytes: int) -> Tensor:
     for i in range(0, n, block):
         end = min(i + block, n)
         rows, columns = slice(i, end), slice(0, end)
-        products = token_gram(a[:, rows], g[:, rows], a[:, columns], g[:, columns], bias=False)
+        products = _position_products(a[:, rows], g[:, rows], a[:, columns], g[:, columns])
         matrix[rows, columns] = products.view(end - i, t, end, t).sum((1, 3))
     return _mirror(matrix, block)
 
 
-def token_gram(a: Tensor, g: Tensor, a_other: Tensor, g_other: Tensor, *, bias: bool) -> Tensor:
-    """Forms the Gram matrix that counts every position as a sample: (a·a')(g·g').
-
-    Args:
-        a: Layer inputs `[G, N, T, d_in]` of the rows.
-        g: Output gradients `[G, N, T, d_out]` of the rows.
-        a_other: Layer inputs `[G, M, S, d_in]` of the columns.
-        g_other: Output gradients `[G, M, S, d_out]` of the columns.
-        bias: Whether the layer's bias is part of the block: (a·a' + 1)(g·g').
-
-    Returns:
-        Matrix `[N·T, M·S]`.
-    """
+def _position_products(a: Tensor, g: Tensor, a_other: Tensor, g_other: Tensor) -> Tensor:
+    """Multiply gradients of single positions, (a·a')(g·g'): a matrix `[N·T, M·S]`."""
     inner_a = (a.flatten(1, 2) @ a_other.flatten(1, 2).transpose(1, 2)).to(_sum_dtype(a))
     inner_g = g.flatten(1, 2) @ g_other.flatten(1, 2).transpose(1, 2)
-    if bias:
-        inner_a = inner_a + 1
     return inner_a.mul_(inner_g).sum(0) if len(a) > 1 else inner_a.mul_(inner_g)[0]
-
-
-def token_norms(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
-    """Squared norm of every position's gradient, the diagonal of the token Gram matrix.
-
-    Args:
-        a: Layer inputs `[G, N, T, d_in]`.
-        g: Output gradients `[G, N, T, d_out]`.
-        bias: Whether the layer's bias is part of the block.
-
-    Returns:
-        Vector `[N·T]`. For grouped convolutions the groups' terms are added.
-    """
-    dtype = _sum_dtype(a)
-    norms_a = a.square().sum(-1, dtype=dtype)
-    if bias:
-        norms_a = norms_a + 1
-    return (norms_a * g.square().sum(-1, dtype=dtype)).sum(0).flatten()

@@ -1,8 +1,8 @@
-"""What the (already preconditioned) gradients are turned into: SGD, AdamW and Muon.
+"""Update rules, applied to gradients that a method has already preconditioned: SGD, AdamW, Muon.
 
-The rules are torch's own functional optimizers, so that with γ = 1 a step equals torch.optim's bit
-for bit (on a CPU that of `AdamW(fused=True)`). Weight decay is decoupled in all of them. State is
-kept in float32 under bf16 and fp16 parameters.
+The rules are torch's own optimizers, so that without a preconditioner a step equals torch.optim's
+bit for bit (on a CPU that of `AdamW(fused=True)`). Weight decay is decoupled in all of them. State
+is kept in float32 under bf16 and fp16 parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import _muon
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
@@ -20,6 +19,7 @@ from torch.optim.sgd import sgd
 ADAMW_RMS = 0.2
 _RMS_EPSILON = 1e-12
 
+# Parameters, gradients, states and the group's hyper-parameters; the first and third change.
 Rule = Callable[[list[Tensor], list[Tensor], list[dict[str, Any]], dict[str, Any]], None]
 
 
@@ -29,14 +29,7 @@ def sgd_rule(
     states: list[dict[str, Any]],
     group: dict[str, Any],
 ) -> None:
-    """SGD with momentum; with `update_scale="rms"` the update's RMS is set per tensor.
-
-    Args:
-        params: Parameters, updated in place.
-        grads: Their gradients.
-        states: Their optimizer states.
-        group: Hyper-parameters.
-    """
+    """Step by SGD with momentum; `update_scale="rms"` sets the RMS of each tensor's update."""
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
     if group["update_scale"] == "rms":
@@ -55,7 +48,7 @@ def sgd_rule(
         momentum=group["momentum"],
         lr=group["lr"],
         dampening=0,
-        nesterov=group["nesterov"],
+        nesterov=False,
         maximize=False,
         foreach=None,
     )
@@ -75,12 +68,9 @@ def _rms_sgd(
         for grad, state in zip(grads, states, strict=True):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(grad)
-        buffers = [state["momentum_buffer"] for state in states]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, grads)
-        updates = buffers
-        if group["nesterov"]:
-            updates = list(torch._foreach_add(grads, buffers, alpha=momentum))
+        updates = [state["momentum_buffer"] for state in states]
+        torch._foreach_mul_(updates, momentum)
+        torch._foreach_add_(updates, grads)
     for param, update, norm in zip(params, updates, torch._foreach_norm(updates), strict=True):
         length = group["lr"] * ADAMW_RMS * param.numel() ** 0.5
         param.addcmul_(update, -length / (norm + _RMS_EPSILON))
@@ -92,14 +82,7 @@ def adamw_rule(
     states: list[dict[str, Any]],
     group: dict[str, Any],
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019).
-
-    Args:
-        params: Parameters, updated in place.
-        grads: Their gradients.
-        states: Their optimizer states.
-        group: Hyper-parameters.
-    """
+    """Step by AdamW (Loshchilov & Hutter 2019)."""
     for param, state in zip(params, states, strict=True):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -120,7 +103,7 @@ def adamw_rule(
         eps=group["eps"],
         maximize=False,
         foreach=None,
-        # Elsewhere torch's own choice: the fused kernel would want the steps on the device, too.
+        # Elsewhere torch chooses: the fused kernel wants the step counts on the device, too.
         fused=all(p.device.type == "cpu" for p in params) or None,
     )
 
@@ -131,33 +114,24 @@ def muon_rule(
     states: list[dict[str, Any]],
     group: dict[str, Any],
 ) -> None:
-    """Muon, orthogonalised momentum; convolution weights are seen as `[d_out, rest]`.
-
-    Args:
-        params: Matrices or convolution weights, updated in place.
-        grads: Their gradients.
-        states: Their optimizer states.
-        group: Hyper-parameters.
-    """
+    """Step by Muon, with Nesterov momentum; a convolution's weight is a matrix `[d_out, rest]`."""
     # Not always views: a channels-last weight is copied, and written back below.
-    flat = [p.reshape(len(p), -1) for p in params]
-    for matrix, state in zip(flat, states, strict=True):
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-    _muon.muon(
+    flat = [p.detach().reshape(len(p), -1) for p in params]
+    # The functional form is private in torch and its arguments change, the class is not.
+    muon = torch.optim.Muon(
         flat,
-        [g.reshape(len(g), -1) for g in grads],
-        [state["momentum_buffer"] for state in states],
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         momentum=group["momentum"],
-        nesterov=group["nesterov"],
-        ns_coefficients=(_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C),
-        eps=_muon.EPS,
-        ns_steps=_muon.DEFAULT_NS_STEPS,
+        nesterov=group["momentum"] > 0,
         adjust_lr_fn="match_rms_adamw" if group["update_scale"] == "rms" else "original",
-        has_complex=False,
     )
+    for matrix, grad, state in zip(flat, grads, states, strict=True):
+        matrix.grad = grad.reshape(len(grad), -1)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        muon.state[matrix] = state
+    muon.step()
     for param, matrix in zip(params, flat, strict=True):
         if matrix.data_ptr() != param.data_ptr():
             param.copy_(matrix.view_as(param))
@@ -172,7 +146,7 @@ def apply_rule(
     states: list[dict[str, Any]],
     group: dict[str, Any],
 ) -> None:
-    """Updates parameters by their gradients; low-precision ones through a float32 copy.
+    """Update parameters by their gradients; low-precision ones through a float32 copy.
 
     Args:
         rule: Name of the rule.

@@ -1,20 +1,19 @@
-"""Which layers are preconditioned; every layer left out has a reason that can be printed."""
+"""Which layers are preconditioned, why the others are not, and the parameter groups that follow."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from hf_fngd.capture import original_type
 from hf_fngd.errors import FNGDError
-from hf_fngd.image_layers import BatchNormAdapter, Conv2dAdapter
-from hf_fngd.layers import Conv1DAdapter, LinearAdapter
+from hf_fngd.layers import TYPES, LayerType, original_type, type_names, type_of
 
 Target = str | Sequence[str] | None
-_SUPPORTED = "Linear, Conv1D and Conv2d"
+_ALL_LINEAR = ("all-linear", "all_linear")
 
 
 @dataclass
@@ -22,19 +21,15 @@ class Selection:
     """The chosen layers and, for all others that hold parameters, why they were left out.
 
     Attributes:
-        chosen: Module and adapter by path, in model order.
-        left_out: Type and reason by path, in model order.
+        chosen: Module and layer type by path, in model order.
+        left_out: Name of the type and reason by path, in model order.
     """
 
-    chosen: dict[str, tuple[nn.Module, LinearAdapter]] = field(default_factory=dict)
+    chosen: dict[str, tuple[nn.Module, LayerType]] = field(default_factory=dict)
     left_out: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Gives the table behind `str()`.
-
-        Returns:
-            Path, type, weight shape and `chosen` or the reason, a row a layer.
-        """
+        """Return path, type, weight shape, and `chosen` or the reason, for each layer."""
         rows = [
             (
                 path,
@@ -54,13 +49,13 @@ class Selection:
 
 
 def layer_table(rows: Iterable[Sequence[str]]) -> str:
-    """Lays the rows of a selection out for people.
+    """Lay out the rows of a selection in aligned columns.
 
     Args:
-        rows: What `Selection.rows` gives.
+        rows: The result of `Selection.rows`.
 
     Returns:
-        Lines with aligned columns.
+        Lines of text.
     """
     table = [("layer", "type", "weight", "decision"), *rows]
     widths = [max(len(row[i]) for row in table) for i in range(3)]
@@ -70,19 +65,16 @@ def layer_table(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def select_layers(
-    model: nn.Module, target: Target = None, exclude: Target = None, *, batch_norm: bool = False
-) -> Selection:
-    """Chooses the layers to precondition.
+def select_layers(model: nn.Module, target: Target = None, exclude: Target = None) -> Selection:
+    """Choose the layers to precondition.
 
     Args:
-        model: Any model; `get_output_embeddings` is asked for the vocabulary head if it exists.
-        target: None (all supported layers), `all-linear` (as in PEFT: all but convolutions), a
+        model: Any model; its `get_output_embeddings`, if there is one, names the vocabulary head.
+        target: None (all supported layers), `all-linear` (as in PEFT: all except convolutions), a
             regular expression that must match the whole path, or a list. A list entry matches
             a path that it equals or is a dotted part of, or that it matches as a whole as a regular
-            expression; an entry that matches nothing so is looked for inside the paths.
+            expression; an entry without such a match is searched for inside the paths.
         exclude: Layers to leave out, written the same way.
-        batch_norm: Whether BatchNorm2d layers can be chosen.
 
     Returns:
         The selection. Frozen weights, weights with several owners, the vocabulary head, modules
@@ -103,36 +95,30 @@ def select_layers(
     head = _vocabulary_head(model)
     wanted = set(modules) if target is None else _matches("target_modules", target, modules)
     unwanted = set() if exclude is None else _matches("exclude_modules", exclude, modules)
+    linear_only = target in _ALL_LINEAR
     selection = Selection()
+    possible = []
     for path, module in modules.items():
-        reason, adapter = (
-            _reason(path, module, owners, head, batch_norm),
-            adapter_for(module, original_type(module), batch_norm=batch_norm),
-        )
-        if reason is None and path not in wanted:
-            reason = "not in target_modules"
-        if reason is None and target in ("all-linear", "all_linear"):
-            reason = (
-                None
-                if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
-                else "not a linear layer"
-            )
-        if reason is None and path in unwanted:
-            reason = "in exclude_modules"
-        if reason is None and adapter is not None:
-            selection.chosen[path] = (module, adapter)
+        kind = type_of(module)
+        reason = _unsuitable(path, module, kind, owners, head)
+        if reason is None:
+            possible.append(path)
+            if path not in wanted:
+                reason = "not in target_modules"
+            elif linear_only and isinstance(module, nn.Conv2d):
+                reason = "not a linear layer"
+            elif path in unwanted:
+                reason = "in exclude_modules"
+        if reason is None and kind is not None:
+            selection.chosen[path] = (module, kind)
         else:
-            kind = original_type(module).__name__
-            selection.left_out[path] = (kind, reason or f"not one of {_SUPPORTED}")
+            selection.left_out[path] = (original_type(module).__name__, reason or "")
     if not selection.chosen:
-        possible = [
-            p for p, m in modules.items() if _reason(p, m, owners, head, batch_norm) is None
-        ]
         names = sorted({path.rpartition(".")[2] for path in possible})
         hint = (
             f"names that can be chosen: {', '.join(names)}"
             if names
-            else f"the model has none: each must be one of {_SUPPORTED}, and train"
+            else f"the model has none: each must be one of {_supported()}, and train"
         )
         raise FNGDError(
             f"no layer matches target_modules={target!r} exclude_modules={exclude!r}; {hint}"
@@ -140,52 +126,28 @@ def select_layers(
     return selection
 
 
-def adapter_for(module: nn.Module, kind: type, *, batch_norm: bool = False) -> LinearAdapter | None:
-    """Gives the adapter of a module whose forward is known exactly.
-
-    Args:
-        module: Any module.
-        kind: Its type, without capture. Subclasses of the known types are not accepted, since
-            their forward may compute something else (quantised layers,
-            `torch.nn.MultiheadAttention.out_proj`).
-        batch_norm: Whether `torch.nn.BatchNorm2d` is supported too.
-
-    Returns:
-        The adapter, or None where the type is not supported.
-    """
-    if kind is nn.Linear:
-        return LinearAdapter(module)
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
-        return Conv2dAdapter(module)
-    if batch_norm and isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
-        return BatchNormAdapter(module)
-    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return Conv1DAdapter(module)
-    return None
+def _supported() -> str:
+    *first, last = type_names()
+    return f"{', '.join(first)} and {last}"
 
 
-def _reason(
+def _unsuitable(
     path: str,
     module: nn.Module,
+    kind: LayerType | None,
     owners: dict[int, list[str]],
     head: nn.Module | None,
-    batch_norm: bool,
 ) -> str | None:
-    """Says why a module can never be chosen.
-
-    Returns:
-        The reason, or None if it can be chosen.
-    """
+    """Return the reason why a module can never be chosen, or None if it can."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     weight = getattr(module, "weight", None)
     shared = [p for p in owners.get(id(weight), []) if p != path]
     if module is head:
         return "vocabulary head" + (f", tied to {shared[0]}" if shared else "")
-    if adapter_for(module, original_type(module), batch_norm=batch_norm) is None:
-        kind = original_type(module)
-        known = [base.__name__ for base in (nn.Linear, nn.Conv2d) if issubclass(kind, base)]
-        return f"a {known[0]} subclass" if known else f"not one of {_SUPPORTED}"
+    if kind is None:
+        bases = [base for base in TYPES if isinstance(base, type) and isinstance(module, base)]
+        return f"a {bases[0].__name__} subclass" if bases else f"not one of {_supported()}"
     if "experts" in path.split("."):
         return "expert of a mixture: its rows are routed tokens, not samples"
     if "weight" not in module._parameters:
@@ -207,7 +169,7 @@ def _vocabulary_head(model: nn.Module) -> nn.Module | None:
 
 def _matches(setting: str, target: str | Sequence[str], modules: Iterable[str]) -> set[str]:
     if isinstance(target, str):
-        if target in ("all-linear", "all_linear"):
+        if target in _ALL_LINEAR:
             return set(modules)
         return {path for path in modules if _full_match(setting, target, path)}
     found: set[str] = set()
@@ -222,6 +184,64 @@ def _full_match(setting: str, pattern: str, path: str) -> bool:
         return re.fullmatch(pattern, path) is not None
     except (re.error, OverflowError, RecursionError) as error:
         raise FNGDError(
-            f"{setting}: {pattern!r} is no regular expression ({error}): give one, or names of "
+            f"{setting}: {pattern!r} is not a regular expression ({error}): give one, or names of "
             "layers"
         ) from None
+
+
+# ---- parameter groups ------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Divide a model's trained parameters into those with and without weight decay.
+
+    Args:
+        model: The model.
+        weight_decay: Decay of parameters with at least two dimensions.
+
+    Returns:
+        Two parameter groups.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def divide(
+    params: Iterable[Any], selection: Selection, rule: str, other_lr: float | None
+) -> list[dict[str, Any]]:
+    """Divide every parameter group into the weights of selected layers and the others.
+
+    Args:
+        params: Parameters or parameter groups, as for any optimizer.
+        selection: The layers.
+        rule: Update rule of their weights (Muon: of those with two dimensions or more); AdamW
+            updates the others.
+        other_lr: Learning rate of the others; None: that of their group.
+
+    Returns:
+        Groups, those of selected weights first, each with its `rule`.
+    """
+    selected = {
+        id(p)
+        for module, _ in selection.chosen.values()
+        for p in module.parameters(recurse=False)
+        if rule != "muon" or p.dim() > 1
+    }
+    groups = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    own = {"lr": other_lr} if other_lr is not None else {}
+    first, second = [], []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        mine = [p for p in members if id(p) in selected]
+        rest = [p for p in members if id(p) not in selected]
+        if mine:
+            first.append({**group, "params": mine, "rule": rule})
+        if rest:
+            second.append({**group, **own, "params": rest, "rule": "adamw"})
+    return first + second

@@ -1,8 +1,13 @@
-"""Coefficients kept for each data set row, from the epochs in which they are computed."""
+"""Where FNGD keeps coefficients between epochs: one a data set row and layer, or one a layer.
+
+Both stores answer the same calls: `start_epoch`, `write`, `read`, `values`, `merge`, `state_dict`
+and `load_state_dict`.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,27 +16,80 @@ from torch import Tensor
 
 from hf_fngd.errors import FNGDError
 from hf_fngd.ranks import gather
-from hf_fngd.scratch import zeros
 
+_MIB = 2**20
 _GROWTH = 1.25
 _MIN_ROWS = 256
-# Rows that ranks exchange, or of which a mean is taken, at a time.
+# Rows that ranks exchange, or whose mean is taken, at a time.
 _PIECE = 2**18
 
 
+class LayerStore:
+    """The mean of all coefficients of a layer, for each layer (share=layer).
+
+    Args:
+        num_layers: Number of selected layers.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        # Sum and count; `local` is what this rank has collected since the last merge.
+        self.total, self.local = torch.zeros(2, 2, num_layers, dtype=torch.float64)
+
+    def start_epoch(self, collecting: bool) -> None:
+        """Forget everything before coefficients are collected anew."""
+        if collecting:
+            self.total.zero_()
+            self.local.zero_()
+
+    def write(self, rows: Tensor | None, values: Tensor) -> None:
+        """Add the coefficients of a batch to the means.
+
+        Args:
+            rows: Not needed here.
+            values: Matrix `[N, layers]`; NaN entries are skipped.
+        """
+        self.local[0] += values.nansum(0, dtype=torch.float64)
+        self.local[1] += (~values.isnan()).sum(0)
+
+    def read(self, rows: Tensor | None = None) -> Tensor:
+        """Return the means as float32 `[1, layers]`, with 1 where nothing was collected."""
+        total, count = self.total + self.local
+        return (total / count).nan_to_num(1.0).float().unsqueeze(0)
+
+    def values(self) -> Tensor:
+        """Return the means as float32 `[1, layers]`, with NaN where nothing was collected."""
+        total, count = self.total + self.local
+        return (total / count).float().unsqueeze(0)
+
+    def merge(self) -> None:
+        """Make the store equal on all ranks: sums and counts are added."""
+        parts = gather(self.local)
+        if parts is not None:
+            self.total += torch.stack(parts).sum(0)
+            self.local.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the content as tensors."""
+        return {"total": self.total.clone(), "local": self.local.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the content from `state_dict`."""
+        self.total, self.local = state["total"].cpu().clone(), state["local"].cpu().clone()
+
+
 class SampleStore:
-    """One coefficient for each data set row and layer.
+    """One coefficient for each data set row and layer (share=sample).
 
     Memory: 4 bytes (float32) or 2 (float16) x rows x layers. Without `num_samples` the table grows
-    as ids appear, by a quarter at a time, and is cut to size by `trim`. Ids are row numbers below
-    `num_samples`, or any 64-bit integers, which then need a dictionary beside the table. With a
-    folder the table lies in a file there, and so does the copy that a checkpoint is written from.
+    by a quarter at a time as ids appear, and each new epoch cuts it to size. Ids are row numbers
+    below `num_samples`, or any 64-bit integers, which also need a dictionary. With a folder the
+    table lies in a file there, and so does the copy from which a checkpoint is written.
 
     Args:
         num_layers: Number of selected layers.
         dtype: torch.float32 or torch.float16.
         num_samples: Rows of the data set, if known. Rows beyond it are not stored.
-        folder: Where the table lies; None for main memory.
+        folder: Folder of the table; None for main memory.
     """
 
     def __init__(
@@ -43,15 +101,20 @@ class SampleStore:
     ) -> None:
         self.num_samples = num_samples
         self.folder = folder
-        # Rows that are not known hold zeros, which take no room before they are written to.
+        # Unknown rows hold zeros, which take no room before they are written to.
         self.table = zeros(0, num_layers, dtype, folder)
         self.rows: dict[int, int] | None = None
         self.known = torch.zeros(0, dtype=torch.bool)
         self.dirty = torch.zeros(0, dtype=torch.bool)
         self._means: Tensor | None = None
 
+    def start_epoch(self, collecting: bool) -> None:
+        """Give back the memory of rows that growth left unused."""
+        if self.rows is not None and len(self.rows) < len(self.table):
+            self._resize(len(self.rows))
+
     def locate(self, ids: Sequence[int], *, create: bool) -> Tensor:
-        """Finds the table rows of sample ids.
+        """Find the table rows of sample ids.
 
         Args:
             ids: Sample ids of a batch.
@@ -91,25 +154,12 @@ class SampleStore:
         copy[: len(table)] = table
         return copy
 
-    def trim(self) -> None:
-        """Gives back the memory of rows that growth left unused."""
-        if self.rows is not None and len(self.rows) < len(self.table):
-            self._resize(len(self.rows))
-
     def count_known(self, rows: Tensor) -> int:
-        """Counts the rows of a batch that have coefficients.
-
-        Args:
-            rows: Row numbers from `locate`.
-
-        Returns:
-            How many are known.
-        """
-        found = rows[rows >= 0]
-        return int(self.known[found].sum())
+        """Count the rows of a batch that have coefficients."""
+        return int(self.known[rows[rows >= 0]].sum())
 
     def read(self, rows: Tensor) -> Tensor:
-        """Looks up the coefficients of a batch for all layers at once.
+        """Look up the coefficients of a batch for all layers at once.
 
         Args:
             rows: Row numbers from `locate`.
@@ -140,36 +190,27 @@ class SampleStore:
         return self._means
 
     def values(self) -> Tensor:
-        """Gives all coefficients.
-
-        Returns:
-            float32 matrix `[rows, layers]`, NaN where nothing is stored.
-        """
+        """Return all coefficients as float32 `[rows, layers]`, with NaN where nothing is stored."""
         return self.table.float().masked_fill_(~self.known.unsqueeze(1), torch.nan)
 
-    def write(self, rows: Tensor, values: Tensor, part: float = 1.0) -> None:
-        """Stores the coefficients of a batch.
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Store the coefficients of a batch.
 
         Args:
             rows: Row numbers from `locate`.
-            values: Matrix `[N, layers]`; NaN entries leave what is stored.
-            part: Share of the new value beside one that is stored already: 1/k for the k-th makes
-                the mean of all.
+            values: Matrix `[N, layers]`; NaN entries change nothing.
         """
         keep = rows >= 0
         self._means = None
         limit = torch.finfo(self.table.dtype).max
         rows, values = rows[keep], values[keep].clamp(-limit, limit).to(self.table)
-        old = self._stored(rows)
-        if part < 1:
-            values = torch.where(old.isnan(), values, old.lerp(values, part))
-        self.table[rows] = torch.where(values.isnan(), old, values)
+        self.table[rows] = torch.where(values.isnan(), self._stored(rows), values)
         filled = rows[~values.isnan().all(1)]
         self.known[filled] = True
         self.dirty[filled] = True
 
     def merge(self) -> None:
-        """Makes the store equal on all ranks; of a row seen by several, the mean is kept."""
+        """Make the store equal on all ranks; a row seen by several gets the mean."""
         mine = self.dirty.nonzero().squeeze(1)
         ids = mine if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)[mine]
         counts = gather(len(ids))
@@ -189,11 +230,7 @@ class SampleStore:
         self.write(self.locate(ids.tolist(), create=True), total / count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Gives the content as tensors and builtins.
-
-        Returns:
-            State for `load_state_dict`.
-        """
+        """Return the content as tensors and builtins."""
         ids = None if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)
         used = len(self.table) if self.rows is None else len(self.rows)
         return {
@@ -205,13 +242,13 @@ class SampleStore:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
+        """Restore the content from `state_dict`.
 
         Args:
-            state: The saved state.
+            state: The saved content.
 
         Raises:
-            FNGDError: If the state belongs to a data set of another size.
+            FNGDError: If it belongs to a data set of another size.
         """
         saved = state["num_samples"]
         if None not in (saved, self.num_samples) and saved != self.num_samples:
@@ -226,3 +263,44 @@ class SampleStore:
         ids = state["ids"]
         self.rows = None if ids is None else {i: row for row, i in enumerate(ids.tolist())}
         self.dirty = state["dirty"].cpu().clone()
+
+
+def zeros(rows: int, columns: int, dtype: torch.dtype, folder: str | os.PathLike | None) -> Tensor:
+    """Make a matrix of zeros, in memory or in a private file.
+
+    The file has lost its name when this returns: no other process finds it, and nothing of it is
+    left when the matrix is gone, however the process ends.
+
+    Args:
+        rows: Number of rows.
+        columns: Number of columns.
+        dtype: Type of the entries.
+        folder: Folder of the file; None for main memory.
+
+    Returns:
+        The matrix `[rows, columns]`.
+
+    Raises:
+        FNGDError: If there is no such folder, or no room in it.
+    """
+    count = rows * columns
+    if folder is None or count == 0:
+        return torch.zeros(rows, columns, dtype=dtype)
+    size = count * dtype.itemsize
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="hf_fngd-", dir=folder)
+        try:
+            # A mapped file that later finds the disk full ends the process (SIGBUS).
+            os.posix_fallocate(descriptor, 0, size)
+            table = torch.from_file(path, shared=True, size=count, dtype=dtype)
+        finally:
+            os.close(descriptor)
+            os.unlink(path)
+    except (OSError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not on this system"
+        raise FNGDError(
+            f"store_dir={str(folder)!r} cannot take the {size / _MIB:.0f} MiB of coefficients "
+            f"({reason}): name a folder with room for them, leave store_dir out, or set "
+            "share=layer, which needs little"
+        ) from None
+    return table.view(rows, columns)

@@ -1,0 +1,255 @@
+"""A captured layer: its weight gradient is computed by a method, everything else as always.
+
+A selected module's class is swapped for a subclass whose forward goes through an autograd
+Function. Its backward computes the input gradient as always and asks the method for the weight
+gradient, so `.grad` is what the method wants before anything else (clipping, GradScaler, DDP,
+accumulation) sees it. Nothing is kept on the module between steps, inputs are saved through
+`save_for_backward` only, and forward passes without gradients are left alone.
+
+A method takes part in one of two ways, which `Batch.fresh` decides when the batch opens:
+
+* known weights: each call is weighted by itself (`LayerMethod.weights`);
+* fresh: the calls of one forward pass meet in a gate, a node between the parameter and its calls,
+  which autograd runs once all of them are there (`LayerMethod.gradients`). A module called several
+  times is thereby one layer with the positions of all calls, as its per-sample gradient demands.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hf_fngd.capture.batches import Batch, Batches, Delivery, backward_pass
+from hf_fngd.capture.compiled import register, run_in_graph
+from hf_fngd.layers import LayerType, original_type
+from hf_fngd.layers.calls import Call, sum_gradients, to_autocast
+
+_ATTRIBUTE = "_fngd_layer"
+_SWAPPED: dict[type, type] = {}
+
+
+class LayerMethod:
+    """What a method does in the backward pass of one layer; each method derives its own.
+
+    The optimizer is referred to weakly, so that a model never keeps its optimizer alive.
+
+    Args:
+        optimizer: The optimizer; it has `batches`.
+        number: Number of the layer among the captured ones.
+        module: The layer.
+        kind: The layer's type.
+    """
+
+    # Whether the method can stay inside a graph of torch.compile; otherwise the graph breaks.
+    in_graph: ClassVar[bool] = False
+
+    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.batches: Batches = optimizer.batches
+        self.number, self.kind = number, kind
+        self.name = self.batches.names[number]
+        self.key = register(self) if self.in_graph else None
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer; None once it has gone, and gradients are plain from then on."""
+        return self._optimizer()
+
+    def weights(self, batch: Batch, call: Call) -> Tensor:
+        """Look up the weights of one call, in a batch that is not fresh.
+
+        Args:
+            batch: The batch.
+            call: The call.
+
+        Returns:
+            γ `[N]`, or `[N, T]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} opened a batch that is not fresh")
+
+    def gradients(
+        self, batch: Batch, calls: list[Call], bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute the parameter gradients of all calls of one forward pass, in a fresh batch.
+
+        Args:
+            batch: The batch.
+            calls: The calls.
+            bias: Whether the bias gradient is wanted.
+
+        Returns:
+            Weight gradient in the weight's layout, and the bias gradient or None; by default the
+            plain ones.
+        """
+        return sum_gradients(self.kind, calls, bias)
+
+    # ---- called by the captured module ---------------------------------------------------------
+
+    def skips(self, module: nn.Module, x: Tensor) -> bool:
+        """Return True if the module's own forward should run."""
+        return (
+            not torch.is_grad_enabled()
+            or not module.get_parameter("weight").requires_grad
+            or x.dim() < 2
+        )
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Run the layer under capture.
+
+        Args:
+            module: The module.
+            x: Its input.
+
+        Returns:
+            The output, or None if the module's own forward should run.
+        """
+        batch = None if self.skips(module, x) else self.batches.of_forward(x.shape[0], self.name)
+        if batch is None:
+            return None
+        weight: Tensor = module.get_parameter("weight")
+        bias: Tensor | None = module._parameters["bias"]
+        calls: list[Delivery] | None = None
+        if batch.fresh:
+            if self.number not in batch.gates:
+                calls = []
+                gate = _Gate.apply(weight, bias, self, batch, calls)
+                batch.gates[self.number] = (*gate, calls)
+            weight, bias, calls = batch.gates[self.number]
+        x, weight, bias = to_autocast(self.kind.prepare(x), weight, bias)
+        return _CapturedCall.apply(x, weight, bias, self, batch, calls)
+
+
+class _Gate(torch.autograd.Function):
+    """Identity on the parameters; its backward turns the collected calls into gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, layer: LayerMethod, batch: Batch, calls: list
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        # No saved tensor here: recomputation by checkpointing must save as many as the original.
+        ctx.layer, ctx.batch, ctx.calls = layer, batch, calls
+        ctx.dtype = weight.dtype
+        ctx.bias_needed = bias is not None and bias.requires_grad
+        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        layer, number = ctx.layer, backward_pass()
+        calls = [call for its_number, call in ctx.calls if its_number == number]
+        ctx.calls.clear()
+        ctx.batch.gates.pop(layer.number, None)
+        if not calls:
+            return None, None, None, None, None
+        with torch.autocast(calls[0].x.device.type, enabled=False):
+            if layer.optimizer is None:
+                grads = sum_gradients(layer.kind, calls, ctx.bias_needed)
+            else:
+                grads = layer.gradients(ctx.batch, calls, ctx.bias_needed)
+        return *(None if g is None else g.to(ctx.dtype) for g in grads), None, None, None
+
+
+class _CapturedCall(torch.autograd.Function):
+    """One call of the layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: LayerMethod,
+        batch: Batch,
+        calls: list[Delivery] | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.batch, ctx.calls = layer, batch, calls
+        out = layer.kind.forward(x, weight, bias)
+        # Autograd forbids in-place activations on a Function's output that is a view.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        layer, kind = ctx.layer, ctx.layer.kind
+        input_needed, _, bias, *_ = ctx.needs_input_grad
+        call = Call(x, g, weight)
+        if ctx.calls is not None:
+            grad_x = kind.input_gradient(g, x, weight) if input_needed else None
+            # Calls that another backward pass left behind (it failed, or was for the input's
+            # gradient only) are not part of this one.
+            number = backward_pass()
+            ctx.calls[:] = [one for one in ctx.calls if one[0] == number]
+            ctx.calls.append((number, call))
+            return grad_x, None, None, None, None, None
+        if layer.optimizer is None:
+            grad_x = kind.input_gradient(g, x, weight) if input_needed else None
+            return grad_x, *kind.gradients(g, x, weight, bias), None, None, None
+        gamma = layer.weights(ctx.batch, call)
+        grads = kind.weighted_gradients(g, x, weight, gamma, input_needed, bias)
+        return *grads, None, None, None
+
+
+class _Captured:
+    """Mixed into the class of a captured module."""
+
+    _fngd_original: type
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self._run(*args, **kwargs)
+        inputs = (*args, *kwargs.values())
+        layer = getattr(self, _ATTRIBUTE)
+        if len(inputs) > 1 or layer.skips(self, inputs[0]) or torch.compiler.is_exporting():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not layer.in_graph or layer.number in layer.batches.gated:
+            return self._run(*args, **kwargs)
+        return run_in_graph(self, layer.kind, layer.key, layer.batches.key, inputs[0])  # type: ignore[arg-type]
+
+    # A compiled model breaks its graph here.
+    @torch.compiler.disable
+    def _run(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        inputs = (*args, *kwargs.values())
+        out = getattr(self, _ATTRIBUTE).run(self, inputs[0]) if len(inputs) == 1 else None
+        return super().forward(*args, **kwargs) if out is None else out  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Copies and pickles are plain modules of the original class, without our attribute.
+        plain: Any = object.__new__(self._fngd_original)
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != _ATTRIBUTE})
+        # Pickle insists on the object's own class in the newer protocols.
+        return plain.__reduce_ex__(0)
+
+
+def attach(module: nn.Module, layer: LayerMethod) -> None:
+    """Put a module under capture; a module that already is gets the new method.
+
+    Args:
+        module: A module of a supported type.
+        layer: The method's part for this module.
+    """
+    kind = type(module)
+    if not isinstance(module, _Captured):
+        if kind not in _SWAPPED:
+            names = {"__module__": kind.__module__, "_fngd_original": kind}
+            _SWAPPED[kind] = type(kind.__name__, (_Captured, kind), names)
+        module.__class__ = _SWAPPED[kind]
+    module.__dict__[_ATTRIBUTE] = layer
+
+
+def detach(module: nn.Module, layer: LayerMethod | None = None) -> None:
+    """Take a module out of capture without a trace; does nothing if it is not captured.
+
+    Args:
+        module: Any module.
+        layer: The method that lets go; another method's capture stays. Default: whoever has it.
+    """
+    if isinstance(module, _Captured) and layer in (None, module.__dict__[_ATTRIBUTE]):
+        module.__class__ = original_type(module)
+        del module.__dict__[_ATTRIBUTE]

@@ -1,0 +1,368 @@
+"""One layer's curvature F, and the direction V = λ(F + λI)⁻¹M that it makes of a mean gradient M.
+
+KFAC, Eva, TENGraD and SENG derive from the classes here. A layer's curvature observes inputs `a`
+and per-sample output gradients `g` in the backward pass of some steps and leaves the gradients as
+they are; at the optimizer step `preconditioned` asks it for a direction. The factor λ makes λ → ∞
+the plain gradient for every method, as γ = λc does for FNGD.
+
+One scale holds for all: g is κ times autograd's gradient, with κ the samples of the update on this
+rank, so that M = (1/N) Σ_n Σ_t g_nt a_ntᵀ whatever the loss reduction. Damping is λ itself, or
+relative: in units of tr(F)/N, the mean eigenvalue of UᵀU/N (1 in place of N for Eva, whose F has
+rank one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd import ranks
+from hf_fngd.capture import Batch, LayerMethod
+from hf_fngd.layers import LayerType
+from hf_fngd.layers.calls import Call, gather_calls, sum_gradients
+from hf_fngd.solve import gram
+from hf_fngd.solve.coefficients import inverse_of_shifted
+
+
+class LayerCurvature(LayerMethod):
+    """One layer's curvature; each method derives its own.
+
+    Each rank collects statistics in backward (`observe`). At the optimizer step they are averaged
+    over ranks where that makes sense (`statistics`), and become curvature (`update`). Directions
+    are made in two parts, so that ranks can average what differs between them: `local_parts` on
+    each rank, then `combine`.
+
+    Args:
+        optimizer: The optimizer, with `config`, `batches`, `steps` and `observed`.
+        number: Number of the layer among the captured ones.
+        module: The layer.
+        kind: The layer's type.
+    """
+
+    # Whether each rank keeps its own curvature, from one batch, for many steps.
+    by_rank: ClassVar[bool] = False
+
+    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
+        super().__init__(optimizer, number, module, kind)
+        self.config = optimizer.config
+        # Shape `[G, d_out, d_in]` of the block, with a trained bias as the last feature.
+        self.shape = join(module, kind, torch.Tensor.detach).shape
+        # The part of a checkpoint.
+        self.state: dict[str, Tensor] = {}
+        self.fallbacks = 0
+
+    def gradients(
+        self, batch: Batch, calls: list[Call], bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        observed, plain = self.optimizer.observed(self, batch, calls[0])
+        if observed is not None:
+            with self.optimizer.clock.timer(calls[0].x.device):
+                self.observe(calls, observed, bias)
+        return sum_gradients(self.kind, calls, bias) if plain else (None, None)
+
+    def canonical(self, calls: Sequence[Call], kappa: float, joint: bool) -> tuple[Tensor, Tensor]:
+        """Bring calls into the canonical layout.
+
+        Args:
+            calls: The layer's calls in one micro-batch.
+            kappa: Factor from autograd's gradients to those of single samples.
+            joint: Whether the bias is part of the block, as a feature that is 1.
+
+        Returns:
+            `a` as `[G, N, T, d_in]` (d_in + 1 with a bias) and κg as `[G, N, T, d_out]`.
+        """
+        a, g = gather_calls(self.kind, calls)
+        if joint:
+            a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
+        return a, g * kappa
+
+    def clamped(self) -> str | None:
+        """Say which setting is larger than the layer and what is done instead; None if none is."""
+        return None
+
+    def observe(self, calls: Sequence[Call], kappa: float, joint: bool) -> None:
+        """Take in one micro-batch; the arguments are those of `canonical`."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Forget the observations and keep the old curvature."""
+        raise NotImplementedError
+
+    def statistics(self, like: Tensor) -> list[Tensor]:
+        """Return what is averaged over ranks before `update`, in the same shapes on every rank.
+
+        Args:
+            like: A tensor of the right device and dtype.
+
+        Returns:
+            Tensors, averaged in place.
+        """
+        return []
+
+    def update(self, step: int) -> bool:
+        """Turn the observations into curvature, or keep the old one.
+
+        Args:
+            step: Optimizer steps so far.
+
+        Returns:
+            False if the statistics were not finite.
+        """
+        raise NotImplementedError
+
+    def local_parts(self, m: Tensor) -> list[Tensor]:
+        """Compute this rank's part of a direction.
+
+        Args:
+            m: Mean gradient `[G, d_out, d_in]`.
+
+        Returns:
+            Tensors to be averaged over ranks, in the same shapes on every rank.
+        """
+        return []
+
+    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Complete a direction.
+
+        Args:
+            m: Mean gradient `[G, d_out, d_in]`.
+            parts: The result of `local_parts`, averaged.
+
+        Returns:
+            V = λ(F + λI)⁻¹M and λ (0 where there is no curvature yet, and V is M).
+        """
+        raise NotImplementedError
+
+    def generator(self, *keys: int) -> torch.Generator:
+        """Return random numbers of this rank and layer, for a step or other keys."""
+        return ranks.generator(self.config.seed, ranks.number(), self.number, *keys)
+
+    def damping(self, trace: Tensor, count: Tensor | float) -> Tensor:
+        """Return λ.
+
+        Args:
+            trace: tr(F).
+            count: Number of samples behind F, or its rank if that is lower.
+
+        Returns:
+            Scalar tensor; 0 only where F is 0.
+        """
+        if self.config.damping_mode == "absolute":
+            return torch.full_like(trace, self.config.damping)
+        return self.config.damping * trace / count
+
+
+def join(module: nn.Module, kind: LayerType, read: Any) -> Tensor:
+    """Bring weight and trained bias, or something of them, into one block.
+
+    Args:
+        module: The layer.
+        kind: Its type.
+        read: Function of a parameter, as its gradient.
+
+    Returns:
+        `[G, d_out, d_in]`, with the bias as the last feature.
+    """
+    matrix = kind.to_canonical(read(module.get_parameter("weight")))
+    bias = module._parameters["bias"]
+    if bias is None or not bias.requires_grad:
+        return matrix
+    return torch.cat([matrix, read(bias).reshape(*matrix.shape[:2], 1)], 2)
+
+
+def alive(kind: LayerType, g: Tensor) -> Tensor | None:
+    """Find the positions that are not padding: those with a gradient.
+
+    Args:
+        kind: The layer's type.
+        g: Output gradients `[G, N, T, d_out]`.
+
+    Returns:
+        1 or 0 as `[G, N, T, 1]`, or None where there is no padding.
+    """
+    if not kind.may_pad or g.shape[2] == 1:
+        return None
+    return (g.abs().amax(-1, keepdim=True) > 0).to(g.dtype)
+
+
+def inverse_or_zero(damping: Tensor) -> Tensor:
+    """Return 1/λ, and 0 (no curvature) where λ is 0 or 1/λ is not a finite number."""
+    inverse = damping.reciprocal()
+    return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
+
+
+class AveragedCurvature(LayerCurvature):
+    """Curvature from statistics that are averaged over micro-batches and ranks."""
+
+    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
+        super().__init__(optimizer, number, module, kind)
+        # Sums over micro-batches, and at the end their number.
+        self._pending: list[Tensor] | None = None
+        self._lost = False
+
+    def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
+        """Return the statistics of one micro-batch, in the shapes of `shapes`."""
+        raise NotImplementedError
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the statistics, the same on every rank."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        self._pending = None
+
+    def observe(self, calls: Sequence[Call], kappa: float, joint: bool) -> None:
+        found = self.describe(calls, kappa, joint)
+        found.append(found[0].new_ones(()))
+        if self._pending is not None:
+            found = [old + new for old, new in zip(self._pending, found, strict=True)]
+        self._pending = found
+
+    def statistics(self, like: Tensor) -> list[Tensor]:
+        pending = self._pending
+        self._lost = pending is not None and not all(bool(t.isfinite().all()) for t in pending)
+        if pending is None or self._lost:
+            pending = [like.new_zeros(shape) for shape in [*self.shapes(), ()]]
+        self._pending = pending
+        return pending
+
+    def means(self) -> list[Tensor] | None:
+        """End the collection and return the averages, or None where no rank has seen anything."""
+        assert self._pending is not None
+        (*sums, count), self._pending = self._pending, None
+        return [one / count for one in sums] if float(count) > 0 else None
+
+
+class SampleBlock:
+    """Per-sample gradients U = [u_1 … u_N], as a matrix or by their factors.
+
+    Args:
+        tensors: `u` as `[N, G·d_out·d_in]`, or `a` and `g` in the canonical layout with
+            u_n = Σ_t g_nt a_ntᵀ.
+        shape: Shape `[G, d_out, d_in]` of a gradient.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], shape: torch.Size) -> None:
+        self.tensors, self.shape = tensors, shape
+
+    @classmethod
+    def of(cls, a: Tensor, g: Tensor, *, whole: bool | None = None) -> SampleBlock:
+        """Keep a layer's samples.
+
+        Args:
+            a: Inputs `[G, N, T, d_in]`.
+            g: Per-sample output gradients `[G, N, T, d_out]`.
+            whole: Whether U itself is kept; by default where it is smaller than its factors.
+
+        Returns:
+            The block.
+        """
+        groups, n, t, d_in = a.shape
+        d_out = g.shape[-1]
+        shape = torch.Size((groups, d_out, d_in))
+        if whole is None:
+            whole = d_in * d_out <= t * (d_in + d_out)
+        if whole:
+            u = g.transpose(2, 3) @ a
+            return cls({"u": u.transpose(0, 1).reshape(n, -1)}, shape)
+        return cls({"a": a.contiguous(), "g": g.contiguous()}, shape)
+
+    @property
+    def count(self) -> int:
+        """Number of gradients."""
+        return len(self.tensors["u"]) if "u" in self.tensors else self.tensors["a"].shape[1]
+
+    def gram(self, route: str = "auto", memory_bytes: int = 2**28) -> Tensor:
+        """Form UᵀU `[N, N]`; the arguments are those of `gram.sample_gram`."""
+        if "u" in self.tensors:
+            return self.tensors["u"] @ self.tensors["u"].t()
+        a, g = self.tensors["a"], self.tensors["g"]
+        return gram.sample_gram(a, g, bias=False, route=route, memory_bytes=memory_bytes).matrix
+
+    def inner(self, m: Tensor) -> Tensor:
+        """Multiply every gradient with a matrix `[G, d_out, d_in]`: Uᵀ vec(M), `[N]`."""
+        if "u" in self.tensors:
+            return self.tensors["u"] @ m.reshape(-1)
+        a, g = self.tensors["a"], self.tensors["g"]
+        groups, n, t, _ = a.shape
+        rows = g.reshape(groups, n * t, -1) @ m
+        return (rows.view(a.shape) * a).sum((0, 2, 3))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Add up gradients with weights v `[N]`: Uv, `[G, d_out, d_in]`."""
+        if "u" in self.tensors:
+            return (weights @ self.tensors["u"]).view(self.shape)
+        a, g = self.tensors["a"], self.tensors["g"]
+        scaled = (g * weights.view(1, -1, 1, 1)).flatten(1, 2)
+        return scaled.transpose(1, 2) @ a.flatten(1, 2)
+
+
+class BlockCurvature(LayerCurvature):
+    """Curvature from per-sample gradients kept for many steps, on each rank its own."""
+
+    by_rank = True
+
+    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
+        super().__init__(optimizer, number, module, kind)
+        self._pending: dict[str, Tensor] | None = None
+
+    def describe(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        """Return the state of one micro-batch, with `gram` and `trace` of UᵀU.
+
+        Args:
+            a: Inputs `[G, N, T, d_in]`.
+            g: Per-sample output gradients `[G, N, T, d_out]`.
+        """
+        raise NotImplementedError
+
+    def observe(self, calls: Sequence[Call], kappa: float, joint: bool) -> None:
+        samples = float(len(calls[0].g))
+        # Of several micro-batches the largest and latest one counts.
+        if self._pending is None or samples >= float(self._pending["samples"]):
+            self._pending = self.describe(*self.canonical(calls, kappa, joint))
+            self._pending["samples"] = torch.tensor(samples)
+
+    def update(self, step: int) -> bool:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return True
+        matrix = pending.pop("gram")
+        trace = pending.pop("trace")
+        if not all(bool(t.isfinite().all()) for t in (matrix, trace, *pending.values())):
+            return False
+        count = float(pending["samples"])
+        damping = self.damping(trace / count, count)
+        scale = inverse_or_zero(damping) / count
+        if not bool((matrix * scale).isfinite().all()):
+            return False
+        pending["damping"] = damping
+        # Woodbury's identity: (1/N)(λI + K/N)⁻¹.
+        inverse, fallback = inverse_of_shifted(matrix * scale)
+        pending["solver"] = inverse * scale
+        self.fallbacks += fallback
+        self.state = pending
+        return True
+
+    def discard(self) -> None:
+        self._pending = None
+
+    def block(self) -> SampleBlock:
+        """Return the kept gradients."""
+        names = ("u",) if "u" in self.state else ("a", "g")
+        return SampleBlock({name: self.state[name] for name in names}, self.shape)
+
+    def local_parts(self, m: Tensor) -> list[Tensor]:
+        if not self.state:
+            return [m.new_zeros(()), torch.zeros_like(m)]
+        block, damping = self.block(), self.state["damping"].to(m)
+        return [damping, block.combine(self.state["solver"] @ self.inner(block, m))]
+
+    def inner(self, block: SampleBlock, m: Tensor) -> Tensor:
+        """Return Uᵀ vec(M), or an estimate of it."""
+        return block.inner(m)
+
+    def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return m - parts[1], parts[0]

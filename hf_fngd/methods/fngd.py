@@ -1,0 +1,430 @@
+"""FNGD: coefficients of the natural gradient, computed in the first epoch and shared afterwards.
+
+The damped natural gradient of a layer is a weighted sum of its per-sample gradients (Ou et al.,
+arXiv 2403.03473; formulas in `hf_fngd.solve.coefficients`). In a fresh batch each layer forms the
+Gram matrix of its per-sample gradients, solves for the weights γ and stores them; in later epochs
+γ is looked up, and the weighted gradient costs what a plain one costs. All of this happens inside
+the layer's own backward pass, so that `.grad` already is the natural gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd import ranks
+from hf_fngd.capture import Batch, LayerMethod
+from hf_fngd.config import DampedConfig, damping, setting
+from hf_fngd.errors import FNGDError, whole_numbers
+from hf_fngd.layers.calls import Call, check_row, gather_calls, spread, sum_gradients
+from hf_fngd.layers.selection import parameter_groups
+from hf_fngd.methods.counters import Counters
+from hf_fngd.methods.stores import LayerStore, SampleStore
+from hf_fngd.optimizer import LayerOptimizer
+from hf_fngd.solve import coefficients, gram
+
+logger = logging.getLogger(__name__)
+_NO_IDS = (
+    "share=sample needs set_batch(sample_ids=...) before every forward pass: give the data set "
+    "rows of the batch, or set share=layer or none"
+)
+
+
+@dataclass
+class FNGDConfig(DampedConfig):
+    """Settings of FNGD (arXiv 2403.03473), checked when the object is made.
+
+    Raises:
+        FNGDError: For a value out of range, or two settings that exclude each other.
+    """
+
+    title: ClassVar[str] = "FNGD"
+
+    damping: float = damping(1.0)
+    update_scale: str = setting(
+        "auto",
+        "none, rms (each selected weight's update gets a root mean square of 0.2, like a typical "
+        "AdamW update, so that AdamW's learning rates carry over), or auto: rms for "
+        "update_rule=sgd, none for the others. The paper: none.",
+        choices=("auto", "none", "rms"),
+        resumed=True,
+    )
+    share: str = setting(
+        "sample",
+        "Key under which the first epoch's coefficients are kept: sample (each data set row), "
+        "layer (one number a layer) or none (computed afresh at every step: exact block natural "
+        "gradient).",
+        choices=("sample", "layer", "none"),
+        resumed=True,
+    )
+    refresh_every: int = setting(
+        0,
+        "Compute the coefficients anew in every so many epochs; 0: only in the first.",
+        at_least=0,
+        resumed=True,
+    )
+    leave_one_out: bool = setting(
+        False,
+        "Precondition each sample with the Fisher of the other samples in its batch, so that a "
+        "large gradient does not damp itself (an addition of hf_fngd).",
+        resumed=True,
+    )
+    gram_memory_mb: int = setting(
+        256, "Upper bound in MiB of the workspace of one layer's Gram matrix.", at_least=1
+    )
+    gram_dtype: str = setting(
+        "auto",
+        "Precision of a Gram matrix's products, which are added up and solved in float32: bfloat16 "
+        "(a cheaper first epoch where the machine is faster in it), float32 (float64 for gradients "
+        "in float64), or auto: that of the gradients, and float32 for float16.",
+        choices=("auto", "float32", "bfloat16"),
+        resumed=True,
+    )
+    store_dtype: str = setting(
+        "float32",
+        "Precision of stored coefficients: float32 or float16.",
+        choices=("float32", "float16"),
+        resumed=True,
+    )
+    store_dir: str | None = setting(
+        None,
+        "Folder in which each process keeps the coefficients of share=sample, in a nameless file "
+        "(and in a second one while it writes a checkpoint); default: main memory.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.update_scale == "auto":
+            self.update_scale = "rms" if self.update_rule == "sgd" else "none"
+
+
+class FNGDLayer(LayerMethod):
+    """FNGD in the backward pass of one layer."""
+
+    in_graph = True
+    optimizer: FNGD
+
+    def weights(self, batch: Batch, call: Call) -> Tensor:
+        batch.used = True
+        if batch.gamma is None:
+            batch.gamma = self.optimizer.stored(batch)
+        if batch.gamma.device != call.g.device:
+            batch.gamma = batch.gamma.to(call.g.device, non_blocking=True)
+        samples = batch.samples(call.x.shape[0])
+        return self._over_row(batch, batch.gamma[:, self.number].expand(samples), call.g)
+
+    def gradients(
+        self, batch: Batch, calls: list[Call], bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        fngd, kind = self.optimizer, self.kind
+        if self.number in batch.delivered:
+            self.batches.warn_once(
+                self.name,
+                "had two backward passes for one batch, each with coefficients of its own; where "
+                "checkpointed blocks share it, set use_reentrant=False",
+            )
+        batch.used = True
+        batch.delivered.add(self.number)
+        with fngd.counters.clock.timer(calls[0].x.device):
+            gamma, per_sample = self._solve(batch, calls, bias)
+        scaled = [
+            Call(x, kind.scale(g, self._over_row(batch, gamma, g)), weight)
+            for x, g, weight in calls
+        ]
+        if per_sample is None:
+            return sum_gradients(kind, scaled, bias)
+        matrix = torch.einsum("n,gnoi->goi", gamma.to(per_sample.dtype), per_sample)
+        grad_weight = kind.from_canonical(matrix, calls[0].weight)
+        if not bias:
+            return grad_weight, None
+        return grad_weight, torch.stack([kind.bias_gradient(g) for _, g, _ in scaled]).sum(0)
+
+    def _over_row(self, batch: Batch, gamma: Tensor, g: Tensor) -> Tensor:
+        check_row(self.name, self.kind.positions(g), batch.lengths)
+        return gamma if batch.lengths is None else spread(gamma, batch.lengths)
+
+    def _solve(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute and store γ `[N]`; per-sample gradients come along where they were formed."""
+        fngd = self.optimizer
+        config: FNGDConfig = fngd.config
+        for call in calls:
+            check_row(self.name, self.kind.positions(call.g), batch.lengths)
+        low = calls[0].x.dtype
+        if config.gram_dtype != "auto":
+            low = getattr(torch, config.gram_dtype)
+        dtype = torch.bfloat16 if low == torch.bfloat16 else None
+        a, g = gather_calls(self.kind, calls, batch.lengths, dtype)
+        matrix, per_sample = gram.sample_gram(
+            a, g, bias=bias, memory_bytes=config.gram_memory_mb * 2**20
+        )
+        solution = coefficients.solve(
+            matrix,
+            damping=config.damping,
+            mode=config.damping_mode,
+            kappa=a.shape[1] * fngd.loss_divisor,
+            leave_one_out=config.leave_one_out,
+        )
+        fngd.counters.count_solution(solution)
+        if solution.finite:
+            fngd.keep(batch, self.number, solution.gamma)
+        return solution.gamma, None if dtype is torch.bfloat16 else per_sample
+
+
+class FNGD(LayerOptimizer):
+    """Fast Natural Gradient Descent (arXiv 2403.03473) for the selected layers, AdamW for the rest.
+
+    The gradients of selected layers are weighted inside their own backward pass, so `.grad` already
+    is the natural gradient λ(λI + UUᵀ/N)⁻¹M when `step` sees it; `step` applies the update rule.
+    Most users want `create_fngd_optimizer` or the Trainer integration.
+
+    Args:
+        params: Parameters or parameter groups, as for any optimizer.
+        lr: Learning rate of the selected weights.
+        module: The model whose layers are selected and attached.
+        config: Settings; or give them as keyword arguments.
+        weight_decay: Decoupled weight decay of groups that do not name their own.
+        **settings: Fields of `FNGDConfig`.
+
+    Raises:
+        FNGDError: For bad settings, or if no layer can be selected.
+    """
+
+    config_class = FNGDConfig
+    layer_class = FNGDLayer
+    method = "fngd"
+
+    def set_up(self, module: nn.Module) -> None:
+        config = self.config
+        self.counters = Counters()
+        self.store: SampleStore | LayerStore | None = None
+        if config.share == "sample":
+            dtype = getattr(torch, config.store_dtype)
+            self.store = SampleStore(len(self.layer_names), dtype, folder=config.store_dir)
+            self.batches.must_announce = _NO_IDS
+        elif config.share == "layer":
+            self.store = LayerStore(len(self.layer_names))
+        # Batches with coefficients that are not in the store yet.
+        self._unwritten: list[Batch] = []
+        self._fingerprint: str | None = None
+        self._loaded_fingerprint: str | None = None
+
+    @property
+    def collecting(self) -> bool:
+        """Whether this epoch computes coefficients for every batch."""
+        every = self.config.refresh_every
+        return self.store is None or (self.epoch % every if every else self.epoch) == 0
+
+    @property
+    def needs_rows(self) -> bool:
+        return self.config.share == "sample"
+
+    @property
+    def needs_loss_scale(self) -> bool:
+        # Relative damping takes λ in units of the gradients.
+        return self.config.damping_mode == "absolute"
+
+    # ---- batches and epochs --------------------------------------------------------------------
+
+    def start_epoch(self, epoch: int) -> None:
+        """Enter an epoch: 0 computes coefficients, later ones reuse them (see `refresh_every`).
+
+        Entering the present epoch again, as a resumed run does, changes nothing. Under
+        `torch.distributed` all ranks must call it together, since stores are merged.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Raises:
+            FNGDError: For a negative number.
+        """
+        self._write()
+        if epoch == self.epoch:
+            return
+        reused = not self.collecting
+        super().start_epoch(epoch)
+        self.synchronize()
+        self.batches.close()
+        self.batches.fresh = self.collecting
+        self.counters.start_epoch()
+        if self.store is not None:
+            self.store.start_epoch(self.collecting)
+        if not (reused or self.collecting) and ranks.number() == 0:
+            logger.info("FNGD: epoch %d reuses the coefficients (first-order cost)", epoch)
+
+    @property
+    def reuse_rate(self) -> float | None:
+        return self.counters.reuse_rate
+
+    def new_batch(
+        self,
+        sample_ids: Sequence[int] | Tensor | None,
+        size: int | None,
+        lengths: list[int] | None,
+    ) -> Batch:
+        self._write()
+        batch = super().new_batch(sample_ids, size, lengths)
+        if not isinstance(self.store, SampleStore):
+            return batch
+        if sample_ids is None:
+            raise FNGDError(_NO_IDS)
+        ids = whole_numbers(sample_ids)
+        batch.rows = self.store.locate(ids, create=False)
+        known = self.store.count_known(batch.rows)
+        if not self.collecting:
+            self.counters.count_rows(known, len(ids))
+        # A sample without coefficients makes its batch one of the first epoch.
+        batch.fresh |= known < len(ids)
+        if batch.fresh:
+            batch.rows = self.store.locate(ids, create=True)
+        else:
+            batch.gamma = self.stored(batch)
+        return batch
+
+    def end_step(self) -> None:
+        self._write()
+        super().end_step()
+
+    def detach(self) -> None:
+        self._write()
+        super().detach()
+
+    # ---- coefficients --------------------------------------------------------------------------
+
+    def stored(self, batch: Batch) -> Tensor:
+        """Look up γ of a batch: `[N, layers]`, or `[1, layers]` for share=layer."""
+        assert self.store is not None
+        return self.store.read(batch.rows)
+
+    def keep(self, batch: Batch, layer: int, gamma: Tensor) -> None:
+        """Keep one layer's fresh γ `[N]` for later epochs, if any are kept.
+
+        Args:
+            batch: The batch.
+            layer: Number of the layer.
+            gamma: Its coefficients.
+        """
+        if self.store is None:
+            return
+        if batch.gamma is None:
+            shape = (len(gamma), len(self.layer_names))
+            batch.gamma = torch.full(shape, torch.nan, device=gamma.device)
+            self._unwritten.append(batch)
+        batch.gamma[:, layer] = gamma.to(batch.gamma)
+
+    def _write(self) -> None:
+        """Write the coefficients found so far to the store."""
+        for batch in self._unwritten:
+            assert self.store is not None and batch.gamma is not None
+            self.store.write(batch.rows, batch.gamma.cpu())
+            # A later backward pass of the batch must not write them again.
+            batch.gamma = None
+        self._unwritten.clear()
+
+    def coefficients(self) -> Tensor | None:
+        """Return the coefficients kept for later epochs.
+
+        Returns:
+            float32 matrix with a column for each of `layer_names`, and a row for each data set row
+            in the order of their first appearance, or one row for share=layer. NaN: nothing is
+            kept. None for share=none.
+        """
+        self._write()
+        return None if self.store is None else self.store.values()
+
+    def synchronize(self, counts: bool = False) -> None:
+        """Make the stored coefficients equal on all ranks, which must call it together.
+
+        Args:
+            counts: Only add up what the next `statistics` reports.
+        """
+        if counts:
+            self.counters.gather()
+            return
+        self._write()
+        if self.store is not None:
+            self.store.merge()
+
+    # ---- logs and checkpoints ------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """Report on the coefficients since the last call.
+
+        Returns:
+            `phase` (collect or reuse), `epoch`, `damping`, `layers` and `layers_dropped`,
+            `gram_seconds`, counts of non-finite and refactored Gram matrices (`nonfinite`,
+            `fallbacks`); where known, `reuse_rate` of the epoch and mean, minimum and maximum of γ.
+        """
+        return {
+            "phase": "collect" if self.collecting else "reuse",
+            "epoch": float(self.epoch),
+            "damping": float(self.config.damping),
+            **super().statistics(),
+            **self.counters.report(),
+        }
+
+    def bind_dataset(self, num_samples: int | None, fingerprint: str | None = None) -> None:
+        """Say which data the sample ids belong to, so that a resumed run is checked against it.
+
+        Args:
+            num_samples: Rows of the data set, if it has a length: bounds the coefficient store.
+            fingerprint: Any text that changes with the data.
+
+        Raises:
+            FNGDError: If loaded coefficients belong to other data.
+        """
+        self._check_data(self._loaded_fingerprint, fingerprint)
+        self._fingerprint = fingerprint
+        if isinstance(self.store, SampleStore) and self.store.num_samples is None:
+            self.store.num_samples = num_samples
+
+    def _check_data(self, loaded: str | None, present: str | None) -> None:
+        if self.needs_rows and None not in (loaded, present) and loaded != present:
+            raise FNGDError(
+                f"the checkpoint's coefficients belong to other data ({loaded}, now {present}): "
+                "resume with the same data, or start without the checkpoint"
+            )
+
+    def method_state(self) -> dict[str, Any]:
+        self._write()
+        return {
+            "epoch": self.epoch,
+            "store": None if self.store is None else self.store.state_dict(),
+            "data": self._fingerprint or self._loaded_fingerprint,
+        }
+
+    def load_method_state(self, saved: dict[str, Any]) -> None:
+        self._check_data(saved["data"], self._fingerprint)
+        self._unwritten.clear()
+        self.batches.close()
+        if self.store is not None:
+            self.store.load_state_dict(saved["store"])
+        self.epoch = saved["epoch"]
+        self.batches.fresh = self.collecting
+        self._loaded_fingerprint = saved["data"]
+
+
+def create_fngd_optimizer(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, **config: Any
+) -> FNGD:
+    """Make an FNGD optimizer for a model and attach it: the two lines of a plain loop.
+
+        optimizer = create_fngd_optimizer(model, lr=1e-3)
+        ...
+        optimizer.start_epoch(epoch)            # before each epoch
+        optimizer.set_batch(sample_ids=rows)    # before each forward pass
+
+    Args:
+        model: The model to train.
+        lr: Learning rate of the selected weights, and of the others unless `other_lr` is given.
+        weight_decay: Decoupled weight decay of parameters with at least two dimensions.
+        **config: Fields of `FNGDConfig`.
+
+    Returns:
+        The attached optimizer; `detach()` undoes the attachment.
+    """
+    return FNGD(parameter_groups(model, weight_decay), lr, module=model, **config)
