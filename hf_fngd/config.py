@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -96,8 +95,7 @@ def damping(default: float) -> Any:
     )
 
 
-@functools.cache
-def _kinds(config: type[Any]) -> dict[str, tuple[set[Any], bool]]:
+def _kinds(config: Any) -> dict[str, tuple[set[Any], bool]]:
     """Return the types of each setting, and whether it may be None."""
     found = {}
     hints = get_type_hints(config)
@@ -106,6 +104,33 @@ def _kinds(config: type[Any]) -> dict[str, tuple[set[Any], bool]]:
         parts = set(get_args(hint)) or {hint}
         found[one.name] = (parts - {NoneType}, NoneType in parts)
     return found
+
+
+def _check(
+    name: str, value: Any, kinds: set[Any], optional: bool, metadata: Mapping[str, Any]
+) -> None:
+    choices = metadata["choices"]
+    if optional and value is None:
+        return
+    if choices is not None and value not in choices:
+        gone = _REMOVED.get(f"{name}={value}")
+        if gone:
+            raise FNGDError(f"{name}={value} was removed: {gone}")
+        raise FNGDError(f"{name}={value!r} is not allowed: {suggestion(value, choices)}")
+    if list[str] in kinds:
+        many = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(one, str) for one in many):
+            raise FNGDError(
+                f"{name}={value!r}: give names of layers, or one pattern for their paths"
+            )
+    elif kinds == {bool}:
+        if not isinstance(value, bool):
+            raise FNGDError(f"{name} must be true or false, not {value!r}")
+    elif kinds == {str}:
+        if not (isinstance(value, str) and value):
+            raise FNGDError(f"{name} must be a text, not {value!r}")
+    else:
+        check_number(name, value, kinds == {int}, metadata["bounds"])
 
 
 @dataclass
@@ -158,34 +183,9 @@ class OptimizerConfig:
     adam_epsilon: float = setting(1e-8, "AdamW ε, at least 0.", at_least=0.0)
 
     def __post_init__(self) -> None:
+        known = _kinds(type(self))
         for one in fields(self):
-            self._check(one.name, getattr(self, one.name), one.metadata)
-
-    @classmethod
-    def _check(cls, name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-        kinds, optional = _kinds(cls)[name]
-        choices = metadata["choices"]
-        if optional and value is None:
-            return
-        if choices is not None and value not in choices:
-            gone = _REMOVED.get(f"{name}={value}")
-            if gone:
-                raise FNGDError(f"{name}={value} was removed: {gone}")
-            raise FNGDError(f"{name}={value!r} is not allowed: {suggestion(value, choices)}")
-        if list[str] in kinds:
-            many = value if isinstance(value, list | tuple) else [value]
-            if not all(isinstance(one, str) for one in many):
-                raise FNGDError(
-                    f"{name}={value!r}: give names of layers, or one pattern for their paths"
-                )
-        elif kinds == {bool}:
-            if not isinstance(value, bool):
-                raise FNGDError(f"{name} must be true or false, not {value!r}")
-        elif kinds == {str}:
-            if not (isinstance(value, str) and value):
-                raise FNGDError(f"{name} must be a text, not {value!r}")
-        else:
-            check_number(name, value, kinds == {int}, metadata["bounds"])
+            _check(one.name, getattr(self, one.name), *known[one.name], one.metadata)
 
     @classmethod
     def _refuse_unknown(cls, names: Mapping[str, Any]) -> None:

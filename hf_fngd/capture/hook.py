@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_fngd.capture.batches import Batch, Batches, Delivery, backward_pass
 from hf_fngd.capture.compiled import register, run_in_graph
-from hf_fngd.layers import LayerType, original_type
+from hf_fngd.layers import LayerType
 from hf_fngd.layers.calls import Call, sum_gradients, to_autocast
 
 _ATTRIBUTE = "_fngd_layer"
@@ -251,5 +251,5 @@ def detach(module: nn.Module, layer: LayerMethod | None = None) -> None:
         layer: The method that lets go; another method's capture stays. Default: whoever has it.
     """
     if isinstance(module, _Captured) and layer in (None, module.__dict__[_ATTRIBUTE]):
-        module.__class__ = original_type(module)
+        module.__class__ = module._fngd_original
         del module.__dict__[_ATTRIBUTE]

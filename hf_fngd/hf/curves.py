@@ -157,7 +157,9 @@ def kept_coefficients(optimizer: FNGD) -> dict[str, np.ndarray]:
     if table is None:
         return {}
     values = table.numpy()
-    found = {group: values[:, layers] for group, layers in layer_groups(optimizer.layer_names).items()}
+    found = {
+        group: values[:, layers] for group, layers in layer_groups(optimizer.layer_names).items()
+    }
     flat = {group: values[np.isfinite(values)] for group, values in found.items()}
     return {group: values for group, values in flat.items() if values.size}
 

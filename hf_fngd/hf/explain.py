@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from hf_fngd.methods import FNGDConfig
-from hf_fngd.solve.gram import choose_route, route_costs
 from hf_fngd.hf.meta_model import count_positions, load_model
-from hf_fngd.methods import METHODS
 from hf_fngd.layers.selection import Selection, select_layers
+from hf_fngd.methods import METHODS, FNGDConfig
+from hf_fngd.solve.gram import choose_route, route_costs
 
 _MIB = 2**20
 _BIG_STORE = 2**30

@@ -22,9 +22,8 @@ from hf_fngd.hf.registry import (
 )
 from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, with_index
 
-
 if TYPE_CHECKING:
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 

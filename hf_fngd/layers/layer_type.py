@@ -25,7 +25,8 @@ class LayerType(ABC):
     # Whether positions may be padding, which has no gradient and is not an observation.
     may_pad = True
 
-    def __init__(self, module: nn.Module) -> None: ...
+    def __init__(self, module: nn.Module) -> None:  # noqa: B027
+        """Read the module's options; by default there are none."""
 
     def prepare(self, x: Tensor) -> Tensor:
         """Apply what autograd may differentiate before the weight comes in (padding of images).

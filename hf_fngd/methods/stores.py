@@ -51,7 +51,7 @@ class LayerStore:
         self.local[0] += values.nansum(0, dtype=torch.float64)
         self.local[1] += (~values.isnan()).sum(0)
 
-    def read(self, rows: Tensor | None = None) -> Tensor:
+    def read(self, rows: Tensor | None) -> Tensor:
         """Return the means as float32 `[1, layers]`, with 1 where nothing was collected."""
         total, count = self.total + self.local
         return (total / count).nan_to_num(1.0).float().unsqueeze(0)
@@ -158,7 +158,7 @@ class SampleStore:
         """Count the rows of a batch that have coefficients."""
         return int(self.known[rows[rows >= 0]].sum())
 
-    def read(self, rows: Tensor) -> Tensor:
+    def read(self, rows: Tensor | None) -> Tensor:
         """Look up the coefficients of a batch for all layers at once.
 
         Args:
@@ -167,6 +167,7 @@ class SampleStore:
         Returns:
             float32 matrix `[N, layers]`; a missing entry is the layer's mean over all rows, or 1.
         """
+        assert rows is not None
         values = self._stored(rows.clamp(min=0)).float()
         values[rows < 0] = torch.nan
         missing = values.isnan()
@@ -193,13 +194,14 @@ class SampleStore:
         """Return all coefficients as float32 `[rows, layers]`, with NaN where nothing is stored."""
         return self.table.float().masked_fill_(~self.known.unsqueeze(1), torch.nan)
 
-    def write(self, rows: Tensor, values: Tensor) -> None:
+    def write(self, rows: Tensor | None, values: Tensor) -> None:
         """Store the coefficients of a batch.
 
         Args:
             rows: Row numbers from `locate`.
             values: Matrix `[N, layers]`; NaN entries change nothing.
         """
+        assert rows is not None
         keep = rows >= 0
         self._means = None
         limit = torch.finfo(self.table.dtype).max
