@@ -1,4 +1,4 @@
-"""Runs an unmodified training script with the optimizer names registered, or a command.
+"""Run an unmodified training script with the optimizer names registered, or a command.
 
 python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=1" ...
 torchrun --nproc_per_node 2 -m hf_fngd run_translation.py --optim fngd ...
@@ -18,19 +18,19 @@ _USAGE = """usage: python -m hf_fngd SCRIPT [ARGUMENTS OF THE SCRIPT]
        python -m hf_fngd explain MODEL [--batch_size N] [--length T] [--rows N] ...
        python -m hf_fngd compare RUN ... [--metric NAME] [--plot FILE]
 
-SCRIPT   is run, unmodified, with the optimizer names fngd, kfac, eva and so on known to
+SCRIPT   runs unmodified, with the optimizer names fngd, kfac, eva and so on known to
          transformers: python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=1"
-explain  lists the layers of a model (Hub id or folder) that are chosen and left out, with the
-         reason, the memory and cost of FNGD, and settings to start with.
-compare  prints a table of finished runs (output folders) and draws their course.
+explain  lists which layers of a model (Hub id or folder) are chosen or left out and why, the
+         memory and cost of FNGD, and settings to start with.
+compare  prints a table of finished runs (output folders), and draws their curves.
 
-`explain --help` and `compare --help` say more. A script that has the name of a command is run by
-its path: `python -m hf_fngd ./explain`.
+`explain --help` and `compare --help` list the options. To run a script called `explain`, give its
+path: `python -m hf_fngd ./explain`.
 """
 
 
 def main() -> None:
-    """Does what the command line says; FNGD's own errors end it with exit code 2."""
+    """Run the command line; the package's own errors end it with exit code 2."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(_USAGE, end="")
         sys.exit(0 if len(sys.argv) > 1 else 2)
@@ -40,14 +40,13 @@ def main() -> None:
         else:
             _run_script(sys.argv[1])
     except FNGDError as error:
-        print(f"hf_fngd: {error}", file=sys.stderr)
+        print(f"hf_fngd: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _run_script(script: str) -> None:
     if not os.path.isfile(script):
-        print(f"hf_fngd: no script at {script!r}: give the path of a Python file", file=sys.stderr)
-        sys.exit(2)
+        raise FNGDError(f"no script at {script!r}: give the path of a Python file")
     sys.argv = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     register()

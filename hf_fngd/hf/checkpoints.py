@@ -1,4 +1,4 @@
-"""Which checkpoints can be resumed from: a run may die while it writes one."""
+"""Checkpoints that can be resumed from: a run may die while it writes one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Tells whether a checkpoint was written to its end.
-
-    Args:
-        checkpoint: Folder.
-
-    Returns:
-        True if `trainer_state.json`, which the Trainer writes last, is there as a whole.
-    """
+    """Return whether `trainer_state.json`, which the Trainer writes last, is there as a whole."""
     try:
         json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -37,7 +30,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_complete(folder: str | Path) -> str:
-    """Finds the checkpoint that a run can be resumed from.
+    """Find the checkpoint from which a run can be resumed.
 
     Args:
         folder: Output folder of the run.
@@ -55,7 +48,7 @@ def last_complete(folder: str | Path) -> str:
         path = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{number}")
         if is_complete(path):
             return str(path)
-        logger.warning("%s was not written to its end and is passed over", path)
+        logger.warning("%s was not written to its end; skipping it", path)
     unfinished = " but unfinished ones" if numbers else ""
     raise FNGDError(
         f"there is no checkpoint in {str(folder)!r}{unfinished}: start without "
@@ -64,7 +57,7 @@ def last_complete(folder: str | Path) -> str:
 
 
 def check_complete(checkpoint: str | Path) -> None:
-    """Refuses a checkpoint that was not written to its end.
+    """Refuse a checkpoint that was not written to its end.
 
     Args:
         checkpoint: Folder.
@@ -84,10 +77,10 @@ def check_complete(checkpoint: str | Path) -> None:
 
 @contextmanager
 def reading(checkpoint: str | Path) -> Iterator[None]:
-    """Turns errors about damaged files into one that says what to do.
+    """Turn errors about damaged files into one that says what to do.
 
     Args:
-        checkpoint: Folder that is read in the enclosed code.
+        checkpoint: Folder that the enclosed code reads.
 
     Yields:
         Nothing.

@@ -1,7 +1,8 @@
 """`--optim fngd` and the other names, registered with transformers, which has no hook for that.
 
-Three places of transformers change, each once: the `OptimizerNames` enum gets members (so that
-argument parsers and `TrainingArguments` accept the names), the static
+Four places of transformers change, each once: the `OptimizerNames` enum gets members (so that
+argument parsers and `TrainingArguments` accept the names), `TrainingArguments.__post_init__` checks
+`--optim_args` of these names (so that a wrong one is refused before anything is loaded), the static
 `Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, and `FNGDCallback` joins the default
 callbacks, where it does nothing unless the optimizer is one of the package.
 """
@@ -136,6 +137,7 @@ def register() -> None:
         f"{owner}.{name}"
         for owner, holder, names in (
             ("OptimizerNames", OptimizerNames, _ENUM_TABLES),
+            ("TrainingArguments", TrainingArguments, ("__post_init__",)),
             ("Trainer", trainer_class, ("get_optimizer_cls_and_kwargs",)),
             ("transformers.trainer", trainer_module, ("DEFAULT_CALLBACKS",)),
         )
@@ -149,6 +151,7 @@ def register() -> None:
         )
     for name in OPTIMIZERS:
         _add_member(name)
+    _check_arguments()
     _wrap_dispatch(trainer_class)
     if FNGDCallback not in trainer_module.DEFAULT_CALLBACKS:
         trainer_module.DEFAULT_CALLBACKS.append(FNGDCallback)
@@ -169,6 +172,21 @@ def _add_member(value: str) -> None:
     if hasattr(OptimizerNames, "_hashable_values_"):
         OptimizerNames._hashable_values_.append(value)
     type.__setattr__(OptimizerNames, name, member)
+
+
+def _check_arguments() -> None:
+    original = TrainingArguments.__post_init__
+    if getattr(original, "knows_fngd", False):
+        return
+
+    @functools.wraps(original)
+    def check(self: TrainingArguments) -> None:
+        original(self)
+        if optimizer_name(self) in OPTIMIZERS:
+            config_from_args(self)
+
+    check.knows_fngd = True  # type: ignore[attr-defined]
+    TrainingArguments.__post_init__ = check
 
 
 def _wrap_dispatch(trainer_class: Any) -> None:
