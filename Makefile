@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LINT_STAMP := $(VENV)/.installed-dev
 # Every test runs on one thread, so there is room for as many of them as cores.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 export TOKENIZERS_PARALLELISM := false
@@ -34,9 +35,12 @@ test: env ## Run all tests
 test-fast: env ## Run the tests that take no more than seconds each
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-.PHONY: lint
-lint: env ## Check format, style, docstrings and types
+$(LINT_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: lint
+lint: $(LINT_STAMP) ## Check format, style, docstrings and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

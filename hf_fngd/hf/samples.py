@@ -8,7 +8,7 @@ Either way `announce` tells the optimizer before the forward pass.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import datasets
@@ -28,29 +28,27 @@ _MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features")
 # ---- telling the optimizer -------------------------------------------------------------------
 
 
-def announce(
-    optimizer: LayerOptimizer,
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    rows: Sequence[int] | None,
-) -> None:
+def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) -> None:
     """Tell the optimizer which samples the next forward pass holds.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The optimizer; None if it is not one of the package.
         model: The unwrapped model.
-        inputs: Its inputs.
-        rows: Row numbers, or None to hash the content (as where packing made one row of several).
+        inputs: The model's inputs by name; `INDEX_COLUMN` is taken out. Without it the content is
+            hashed, as it is where packing made one row of several.
 
     Raises:
         FNGDError: For a packed row, under a method that needs one row a sample.
     """
+    rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
+    if optimizer is None or not optimizer.layers:
+        return
     size = batch_size(inputs)
-    if not optimizer.layers or size is None:
+    if size is None:
         return
     lengths = packed_lengths(inputs)
     samples = size if lengths is None else len(lengths)
-    ids: Sequence[int] = range(samples)
+    ids: Any = range(samples)
     if rows is not None and (lengths is None or len(rows) == samples):
         ids = rows
     elif optimizer.needs_rows:
@@ -78,7 +76,7 @@ class SampleHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
         if self.optimizer is not None and torch.is_grad_enabled():
-            announce(self.optimizer, module, named_inputs(module, args, kwargs), None)
+            announce(self.optimizer, module, named_inputs(module, args, kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model must not speak to the original's optimizer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,16 +211,12 @@ class FNGDMixin(LossScaleMixin):
             self.train_dataset, self.data_collator = dataset, collator
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
-        if isinstance(rows, torch.Tensor):
-            rows = rows.tolist()
         optimizer = unwrap_optimizer(self.optimizer)
         if optimizer is not None:
-            plain = self.accelerator.unwrap_model(model)
             # The last window of an epoch may be shorter than the callback knows.
             steps = getattr(self, "current_gradient_accumulation_steps", 1)
             tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
-            announce(optimizer, plain, inputs, rows)
+        announce(optimizer, self.accelerator.unwrap_model(model), inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:

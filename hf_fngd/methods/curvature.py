@@ -13,6 +13,7 @@ rank one).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from hf_fngd.solve import gram
 from hf_fngd.solve.coefficients import inverse_of_shifted
 
 
-class LayerCurvature(LayerMethod):
+class LayerCurvature(LayerMethod, ABC):
     """One layer's curvature; each method derives its own.
 
     Each rank collects statistics in backward (`observe`). At the optimizer step they are averaged
@@ -83,13 +84,13 @@ class LayerCurvature(LayerMethod):
         """Say which setting is larger than the layer and what is done instead; None if none is."""
         return None
 
+    @abstractmethod
     def observe(self, calls: Sequence[Call], kappa: float, joint: bool) -> None:
         """Take in one micro-batch; the arguments are those of `canonical`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def discard(self) -> None:
         """Forget the observations and keep the old curvature."""
-        raise NotImplementedError
 
     def statistics(self, like: Tensor) -> list[Tensor]:
         """Return what is averaged over ranks before `update`, in the same shapes on every rank.
@@ -102,6 +103,7 @@ class LayerCurvature(LayerMethod):
         """
         return []
 
+    @abstractmethod
     def update(self, step: int) -> bool:
         """Turn the observations into curvature, or keep the old one.
 
@@ -111,7 +113,6 @@ class LayerCurvature(LayerMethod):
         Returns:
             False if the statistics were not finite.
         """
-        raise NotImplementedError
 
     def local_parts(self, m: Tensor) -> list[Tensor]:
         """Compute this rank's part of a direction.
@@ -124,6 +125,7 @@ class LayerCurvature(LayerMethod):
         """
         return []
 
+    @abstractmethod
     def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Complete a direction.
 
@@ -134,7 +136,6 @@ class LayerCurvature(LayerMethod):
         Returns:
             V = λ(F + λI)⁻¹M and λ (0 where there is no curvature yet, and V is M).
         """
-        raise NotImplementedError
 
     def generator(self, *keys: int) -> torch.Generator:
         """Return random numbers of this rank and layer, for a step or other keys."""
@@ -203,13 +204,13 @@ class AveragedCurvature(LayerCurvature):
         self._pending: list[Tensor] | None = None
         self._lost = False
 
+    @abstractmethod
     def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
         """Return the statistics of one micro-batch, in the shapes of `shapes`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the statistics, the same on every rank."""
-        raise NotImplementedError
 
     def discard(self) -> None:
         self._pending = None
@@ -309,6 +310,7 @@ class BlockCurvature(LayerCurvature):
         super().__init__(optimizer, number, module, kind)
         self._pending: dict[str, Tensor] | None = None
 
+    @abstractmethod
     def describe(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         """Return the state of one micro-batch, with `gram` and `trace` of UᵀU.
 
@@ -316,7 +318,6 @@ class BlockCurvature(LayerCurvature):
             a: Inputs `[G, N, T, d_in]`.
             g: Per-sample output gradients `[G, N, T, d_out]`.
         """
-        raise NotImplementedError
 
     def observe(self, calls: Sequence[Call], kappa: float, joint: bool) -> None:
         samples = float(len(calls[0].g))
