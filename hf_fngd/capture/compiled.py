@@ -14,17 +14,15 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_fngd.capture.batches import backward_pass
+from hf_fngd.capture.layer_method import LayerMethod
 from hf_fngd.layers.calls import Call, to_autocast
 from hf_fngd.layers.layer_type import LayerType
-
-if TYPE_CHECKING:
-    from hf_fngd.capture.hook import LayerMethod
 
 _layers: MutableMapping[int, LayerMethod] = weakref.WeakValueDictionary()
 # Backward pass and batch of each layer's last call.

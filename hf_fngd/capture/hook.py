@@ -6,121 +6,54 @@ gradient, so `.grad` is what the method wants before anything else (clipping, Gr
 accumulation) sees it. Nothing is kept on the module between steps, inputs are saved through
 `save_for_backward` only, and forward passes without gradients are left alone.
 
-A method takes part in one of two ways, which `Batch.fresh` decides when the batch opens:
-
-* known weights: each call is weighted by itself (`LayerMethod.weights`);
-* fresh: the calls of one forward pass meet in a gate, a node between the parameter and its calls,
-  which autograd runs once all of them are there (`LayerMethod.gradients`). A module called several
-  times is thereby one layer with the positions of all calls, as its per-sample gradient demands.
+In a fresh batch the calls of one forward pass meet in a gate, a node between the parameter and its
+calls, which autograd runs once all of them are there. A module called several times is thereby one
+layer with the positions of all calls, as its per-sample gradient demands. Where the weights are
+known, each call is weighted by itself.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_fngd.capture.batches import Batch, Batches, Delivery, backward_pass
+from hf_fngd.capture.batches import Batch, Delivery, backward_pass
 from hf_fngd.capture.compiled import register, run_in_graph
-from hf_fngd.layers import LayerType
+from hf_fngd.capture.layer_method import LayerMethod
 from hf_fngd.layers.calls import Call, sum_gradients, to_autocast
 
 _ATTRIBUTE = "_fngd_layer"
 _SWAPPED: dict[type, type] = {}
 
 
-class LayerMethod:
-    """What a method does in the backward pass of one layer; each method derives its own.
+def _skips(module: nn.Module, x: Tensor) -> bool:
+    """Return True if the module's own forward should run."""
+    return (
+        not torch.is_grad_enabled()
+        or not module.get_parameter("weight").requires_grad
+        or x.dim() < 2
+    )
 
-    The optimizer is referred to weakly, so that a model never keeps its optimizer alive.
 
-    Args:
-        optimizer: The optimizer; it has `batches`.
-        number: Number of the layer among the captured ones.
-        module: The layer.
-        kind: The layer's type.
-    """
-
-    # Whether the method can stay inside a graph of torch.compile; otherwise the graph breaks.
-    in_graph: ClassVar[bool] = False
-
-    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self.batches: Batches = optimizer.batches
-        self.number, self.kind = number, kind
-        self.name = self.batches.names[number]
-        self.key = register(self) if self.in_graph else None
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer; None once it has gone, and gradients are plain from then on."""
-        return self._optimizer()
-
-    def weights(self, batch: Batch, call: Call) -> Tensor:
-        """Look up the weights of one call, in a batch that is not fresh.
-
-        Args:
-            batch: The batch.
-            call: The call.
-
-        Returns:
-            γ `[N]`, or `[N, T]`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} opened a batch that is not fresh")
-
-    def gradients(
-        self, batch: Batch, calls: list[Call], bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute the parameter gradients of all calls of one forward pass, in a fresh batch.
-
-        Args:
-            batch: The batch.
-            calls: The calls.
-            bias: Whether the bias gradient is wanted.
-
-        Returns:
-            Weight gradient in the weight's layout, and the bias gradient or None; by default the
-            plain ones.
-        """
-        return sum_gradients(self.kind, calls, bias)
-
-    # ---- called by the captured module ---------------------------------------------------------
-
-    def skips(self, module: nn.Module, x: Tensor) -> bool:
-        """Return True if the module's own forward should run."""
-        return (
-            not torch.is_grad_enabled()
-            or not module.get_parameter("weight").requires_grad
-            or x.dim() < 2
-        )
-
-    def run(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """Run the layer under capture.
-
-        Args:
-            module: The module.
-            x: Its input.
-
-        Returns:
-            The output, or None if the module's own forward should run.
-        """
-        batch = None if self.skips(module, x) else self.batches.of_forward(x.shape[0], self.name)
-        if batch is None:
-            return None
-        weight: Tensor = module.get_parameter("weight")
-        bias: Tensor | None = module._parameters["bias"]
-        calls: list[Delivery] | None = None
-        if batch.fresh:
-            if self.number not in batch.gates:
-                calls = []
-                gate = _Gate.apply(weight, bias, self, batch, calls)
-                batch.gates[self.number] = (*gate, calls)
-            weight, bias, calls = batch.gates[self.number]
-        x, weight, bias = to_autocast(self.kind.prepare(x), weight, bias)
-        return _CapturedCall.apply(x, weight, bias, self, batch, calls)
+def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
+    """Run a layer under capture; None if the module's own forward should run."""
+    batch = None if _skips(module, x) else layer.batches.of_forward(x.shape[0], layer.name)
+    if batch is None:
+        return None
+    weight: Tensor = module.get_parameter("weight")
+    bias: Tensor | None = module._parameters["bias"]
+    calls: list[Delivery] | None = None
+    if batch.fresh:
+        if layer.number not in batch.gates:
+            calls = []
+            gate = _Gate.apply(weight, bias, layer, batch, calls)
+            batch.gates[layer.number] = (*gate, calls)
+        weight, bias, calls = batch.gates[layer.number]
+    x, weight, bias = to_autocast(layer.kind.prepare(x), weight, bias)
+    return _CapturedCall.apply(x, weight, bias, layer, batch, calls)
 
 
 class _Gate(torch.autograd.Function):
@@ -206,7 +139,8 @@ class _Captured:
             return self._run(*args, **kwargs)
         inputs = (*args, *kwargs.values())
         layer = getattr(self, _ATTRIBUTE)
-        if len(inputs) > 1 or layer.skips(self, inputs[0]) or torch.compiler.is_exporting():
+        plain = len(inputs) > 1 or torch.compiler.is_exporting()
+        if plain or _skips(self, inputs[0]):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if not layer.in_graph or layer.number in layer.batches.gated:
             return self._run(*args, **kwargs)
@@ -216,7 +150,8 @@ class _Captured:
     @torch.compiler.disable
     def _run(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         inputs = (*args, *kwargs.values())
-        out = getattr(self, _ATTRIBUTE).run(self, inputs[0]) if len(inputs) == 1 else None
+        layer = getattr(self, _ATTRIBUTE)
+        out = _run(layer, self, inputs[0]) if len(inputs) == 1 else None  # type: ignore[arg-type]
         return super().forward(*args, **kwargs) if out is None else out  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -240,6 +175,8 @@ def attach(module: nn.Module, layer: LayerMethod) -> None:
             names = {"__module__": kind.__module__, "_fngd_original": kind}
             _SWAPPED[kind] = type(kind.__name__, (_Captured, kind), names)
         module.__class__ = _SWAPPED[kind]
+    if layer.in_graph and layer.key is None:
+        layer.key = register(layer)
     module.__dict__[_ATTRIBUTE] = layer
 
 

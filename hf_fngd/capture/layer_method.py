@@ -1,0 +1,78 @@
+"""`LayerMethod`: the layer half of a method, which runs in the backward pass of a captured layer.
+
+A method takes part in one of two ways, which `Batch.fresh` decides when the batch opens:
+
+* fresh: the method gets all calls of a forward pass at once and returns the layer's gradients
+  (`LayerMethod.gradients`), plain ones where it only observes;
+* known weights: each call is weighted by itself (`LayerMethod.weights`).
+
+The optimizer half is `hf_fngd.optimizer.LayerOptimizer`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hf_fngd.capture.batches import Batch, Batches
+from hf_fngd.layers import LayerType
+from hf_fngd.layers.calls import Call, sum_gradients
+
+
+class LayerMethod:
+    """What a method does in the backward pass of one layer; each method derives its own.
+
+    The optimizer is referred to weakly, so that a model never keeps its optimizer alive.
+
+    Args:
+        optimizer: The optimizer; it has `batches`.
+        number: Number of the layer among the captured ones.
+        module: The layer.
+        kind: The layer's type.
+    """
+
+    # Whether the method can stay inside a graph of torch.compile; otherwise the graph breaks.
+    in_graph: ClassVar[bool] = False
+
+    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.batches: Batches = optimizer.batches
+        self.number, self.kind = number, kind
+        self.name = self.batches.names[number]
+        # Key of the layer in compiled graphs, from `attach`.
+        self.key: Tensor | None = None
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer; None once it has gone, and gradients are plain from then on."""
+        return self._optimizer()
+
+    def weights(self, batch: Batch, call: Call) -> Tensor:
+        """Look up the weights of one call, in a batch that is not fresh.
+
+        Args:
+            batch: The batch.
+            call: The call.
+
+        Returns:
+            γ `[N]`, or `[N, T]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} opened a batch that is not fresh")
+
+    def gradients(
+        self, batch: Batch, calls: list[Call], bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute the parameter gradients of all calls of one forward pass, in a fresh batch.
+
+        Args:
+            batch: The batch.
+            calls: The calls.
+            bias: Whether the bias gradient is wanted.
+
+        Returns:
+            Weight gradient in the weight's layout, and the bias gradient or None; by default the
+            plain ones.
+        """
+        return sum_gradients(self.kind, calls, bias)
