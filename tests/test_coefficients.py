@@ -91,7 +91,7 @@ def test_rounding_of_nearly_equal_samples_is_survived() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("place", [(0, 0), (4, 1)], ids=["diagonal", "beside"])
+@pytest.mark.parametrize("place", [(0, 0), (4, 1)], ids=["diagonal", "off diagonal"])
 def test_non_finite_gives_one(bad: float, place: tuple[int, int]) -> None:
     u = gradients()
     gram = u.t() @ u

@@ -31,7 +31,7 @@ def tensors(shape: tuple[int, ...], ragged: bool = False) -> tuple[Tensor, Tenso
 
 
 def loop(a: Tensor, g: Tensor, bias: bool) -> Tensor:
-    """UᵀU by a loop over samples and positions; a bias is a column of ones beside the input."""
+    """UᵀU by a loop over samples and positions; a bias adds a column of ones to the input."""
     columns = []
     for n in range(a.shape[1]):
         parts = []
