@@ -335,9 +335,10 @@ class LayerOptimizer(torch.optim.Optimizer):
             )
         plain = {k: v for k, v in state_dict.items() if k != self.method}
         try:
-            self.steps = saved["steps"]
+            steps = saved["steps"]
             self.load_method_state(saved)
             super().load_state_dict(copy.copy(plain))
+            self.steps = steps
         except KeyError as missing:
             raise FNGDError(_other_version(f"no {missing} in its optimizer state")) from None
         # torch casts moments to the parameter's dtype; put the saved ones back.

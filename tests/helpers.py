@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from hf_fngd.solve import gram
 
 
 def sample_gradients(
     share: Callable[[int], Tensor], parameters: Sequence[Tensor], count: int
 ) -> list[Tensor]:
-    """Gradients of single samples by a loop: for each parameter `[count, *shape]`.
+    """Return gradients of single samples by a loop: for each parameter `[count, *shape]`.
 
     `share(i)` is sample i's share of the batch's loss; u_i is the gradient of count x that share.
     """
@@ -20,7 +24,7 @@ def sample_gradients(
 
 
 def natural_gradient(u: Sequence[Tensor], damping: float, relative: bool = False) -> list[Tensor]:
-    """λ(λI + UUᵀ/N)⁻¹M by a dense solve, for one block of parameters given by sample_gradients."""
+    """Solve λ(λI + UUᵀ/N)⁻¹M densely, for one block of parameters given by sample_gradients."""
     count = len(u[0])
     flat = torch.cat([part.reshape(count, -1) for part in u], 1).t()
     if relative:
@@ -32,32 +36,20 @@ def natural_gradient(u: Sequence[Tensor], damping: float, relative: bool = False
 
 
 def gamma_of(gram: Tensor, damping: float) -> Tensor:
-    """γ = λ(λI + K/N)⁻¹1 with λ relative to the mean eigenvalue of K/N, by a dense solve."""
+    """Solve γ = λ(λI + K/N)⁻¹1 densely, with λ relative to the mean eigenvalue of K/N."""
     n = len(gram)
     scale = damping * float(gram.trace()) / n**2
     eye = torch.eye(n, dtype=gram.dtype)
     return scale * torch.linalg.solve(scale * eye + gram / n, torch.ones(n, dtype=gram.dtype))
 
 
-def watch(layer: nn.Module) -> list[Tensor]:
-    """Collects input and output gradient of a plain layer, a row for each position."""
-    seen: list[Tensor] = []
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        seen.append(inputs[0].detach().flatten(0, 1))
-        out.register_hook(lambda g: seen.append(g.flatten(0, 1)))
-
-    layer.register_forward_hook(hook)
-    return seen
-
-
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all gradients by parameter name."""
+    """Return copies of all gradients by parameter name."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance: float) -> None:
-    """Compares two dicts of tensors, bit for bit unless atol and rtol are given."""
+    """Compare two dicts of tensors, bit for bit unless atol and rtol are given."""
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(
@@ -71,15 +63,24 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance
 def fill_store(
     optimizer: torch.optim.Optimizer, ids: Iterable[int] = (), value: float = 1.0
 ) -> None:
-    """Puts one value into every entry of the store, and enters the epoch that reuses it."""
-    state = optimizer.coefficients
+    """Put one value into every entry of the store, and enter an epoch that reuses it."""
+    rows = None
     if optimizer.config.share == "sample":
-        rows = state.store.locate(list(ids), create=True)
-        state.store.write(rows, torch.full((len(rows), len(state.names)), value))
-    else:
-        for layer in range(len(state.names)):
-            state.store.write(layer, torch.zeros(1, dtype=torch.long), torch.tensor([value]))
+        rows = optimizer.store.locate(list(ids), create=True)
+    shape = (1 if rows is None else len(rows), len(optimizer.layer_names))
+    optimizer.store.write(rows, torch.full(shape, value))
     optimizer.start_epoch(1)
+
+
+@contextmanager
+def gram_route(route: str) -> Iterator[None]:
+    """Form Gram matrices by one route (direct or hadamard), or by the one that is chosen (auto)."""
+    if route == "auto":
+        yield
+        return
+    with mock.patch.object(gram, "choose_route", return_value=route) as chosen:
+        yield
+    assert chosen.called, "no Gram matrix was formed"
 
 
 def tiny_marian() -> nn.Module:
@@ -180,7 +181,7 @@ def tiny_resnet() -> nn.Module:
 
 
 def padded_tokens(lengths: Sequence[int], vocabulary: int = 24) -> tuple[Tensor, Tensor]:
-    """Random token ids padded with 0 to the longest, and their attention mask."""
+    """Return random token ids padded with 0 to the longest, and their attention mask."""
     mask = torch.arange(max(lengths)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
     tokens = torch.randint(3, vocabulary, mask.shape) * mask
     return tokens, mask.long()

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.pytorch_utils import Conv1D
 
-from hf_fngd.calls import gather_calls
-from hf_fngd.gram import choose_route, route_costs, sample_gram, token_gram, token_norms
-from hf_fngd.image_layers import Conv2dAdapter
-from hf_fngd.layer_solver import Draws
-from hf_fngd.layers import Conv1DAdapter, LinearAdapter
+from hf_fngd.solve.gram import choose_route, route_costs, sample_gram
 
 SHAPES = [  # groups, samples, positions, d_in, d_out
     (1, 5, 1, 4, 3),
@@ -39,7 +31,7 @@ def tensors(shape: tuple[int, ...], ragged: bool = False) -> tuple[Tensor, Tenso
 
 
 def loop(a: Tensor, g: Tensor, bias: bool) -> Tensor:
-    """UᵀU by a loop over samples and positions; a bias is a column of ones beside the input."""
+    """UᵀU by a loop over samples and positions; a bias adds a column of ones to the input."""
     columns = []
     for n in range(a.shape[1]):
         parts = []
@@ -108,90 +100,9 @@ def test_per_sample_gradients_only_where_materialised() -> None:
     assert sample_gram(a, g, bias=False, route="hadamard").per_sample is None
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_token_gram_and_norms(shape: tuple[int, ...], bias: bool) -> None:
-    a, g = tensors(shape)
-    # Every position as a sample of its own is the sample Gram matrix with T = 1.
-    rows_a, rows_g = (x.reshape(len(x), -1, 1, x.shape[-1]) for x in (a, g))
-    expected = loop(rows_a, rows_g, bias)
-    torch.testing.assert_close(token_gram(a, g, a, g, bias=bias), expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(
-        token_gram(a[:, :1], g[:, :1], a, g, bias=bias),
-        expected[: a.shape[2]],
-        rtol=1e-10,
-        atol=1e-10,
-    )
-    torch.testing.assert_close(
-        token_norms(a, g, bias=bias), expected.diagonal(), rtol=1e-10, atol=1e-10
-    )
-
-
-@pytest.mark.parametrize("route", ["direct", "hadamard"])
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_estimates_over_all_draws_average_to_the_matrix(
-    shape: tuple[int, ...], bias: bool, route: str
-) -> None:
-    a, g = tensors(shape)
-    d_out = shape[-1]
-    for count in range(1, d_out + 1):
-        draws = [torch.tensor(c) for c in itertools.combinations(range(d_out), count)]
-        found = [sample_gram(a, g, bias=bias, route=route, outputs=draw) for draw in draws]
-        mean = torch.stack([one.matrix for one in found]).mean(0)
-        torch.testing.assert_close(mean, loop(a, g, bias), rtol=1e-10, atol=1e-10)
-        # What would be wrong weights' material: gradients of some outputs only.
-        assert all(one.per_sample is None for one in found)
-
-
-LAYERS = {
-    "linear": (nn.Linear(4, 3), (5, 2, 4)),
-    "conv1d": (Conv1D(3, 4), (5, 2, 4)),
-    "conv2d": (nn.Conv2d(4, 2, 2), (5, 4, 3, 3)),
-    "groups": (nn.Conv2d(6, 4, 2, groups=2), (5, 6, 3, 3)),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_estimates_from_all_draws_of_both_sides_average_to_the_matrix(name: str) -> None:
-    layer, shape = copy.deepcopy(LAYERS[name])
-    kind = {nn.Linear: LinearAdapter, Conv1D: Conv1DAdapter, nn.Conv2d: Conv2dAdapter}
-    adapter = kind[type(layer)](layer.double())
-    x = torch.randn(shape, dtype=torch.float64)
-    calls = [(x, torch.randn_like(layer(x)), layer.weight)]
-    exact = loop(*gather_calls(adapter, calls), bias=False)
-    found = []
-    for inputs in itertools.combinations(range(adapter.input_features(x)), 2):
-        a, g = gather_calls(adapter, calls, inputs=torch.tensor(inputs))
-        for outputs in itertools.combinations(range(g.shape[-1]), 1):
-            found.append(sample_gram(a, g, bias=False, outputs=torch.tensor(outputs)).matrix)
-    assert len(found) > 1 and not torch.allclose(found[0], exact)
-    torch.testing.assert_close(torch.stack(found).mean(0), exact, rtol=1e-10, atol=1e-10)
-
-
-def test_inputs_and_outputs_are_drawn_apart() -> None:
-    device = torch.device("cpu")
-    pairs = [
-        (draws.some_of(50, 5, device), draws.some_of(50, 5, device, stream=1))
-        for draws in (Draws(0, step, 3) for step in range(20))
-    ]
-    shared = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in pairs)
-    assert shared < 30  # 10 by chance, 100 if they were the same
-    assert len({tuple(part.tolist()) for pair in pairs for part in pair}) == 40
-
-
-def test_estimate_is_a_gram_matrix() -> None:
-    a, g = tensors((1, 9, 4, 3, 7))
-    values = torch.linalg.eigvalsh(
-        sample_gram(a, g, bias=True, outputs=torch.tensor([5, 2])).matrix
-    )
-    assert values.min() > -1e-10 * values.max()
-
-
 def test_inputs_are_left_alone() -> None:
     a, g = tensors((1, 3, 4, 2, 2))
     before = a.clone(), g.clone()
     for route in ("direct", "hadamard"):
         sample_gram(a, g, bias=True, route=route)
-    token_gram(a, g, a, g, bias=True)
     assert torch.equal(a, before[0]) and torch.equal(g, before[1])

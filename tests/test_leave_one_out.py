@@ -1,4 +1,4 @@
-"""leave_one_out: every sample meets the Fisher of the others, against a loop of dense solves."""
+"""leave_one_out: each sample is preconditioned with the Fisher of the others, one solve each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from helpers import sample_gradients
-from test_coefficients import DAMPINGS, gradients, nystrom
-from test_natural_gradient import DAMPING, EXACT, Wrapped, case, displacement
+from test_coefficients import DAMPINGS, gradients
+from test_natural_gradient import DAMPING, EXACT, N, case, displacement
 from torch import Tensor
 
-from hf_fngd.coefficients import solve
+from hf_fngd.solve.coefficients import solve
 
 
 def direction(u: Tensor, damping: float) -> Tensor:
@@ -77,53 +77,18 @@ def test_broken_gradients_are_reported(bad: float) -> None:
     torch.testing.assert_close(solution.gamma, torch.ones_like(solution.gamma))
 
 
-@pytest.mark.parametrize("damping", DAMPINGS)
-def test_nystrom_with_all_landmarks_is_exact(damping: float) -> None:
-    u = gradients(8, 40)
-    gram = u.t() @ u
-    found = nystrom(gram, list(range(8)), damping, leave_one_out=True).gamma
-    wanted = solve(gram, damping=damping, leave_one_out=True).gamma
-    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
-
-
-def test_nystrom_in_low_precision_stays_near_the_exact() -> None:
-    u = gradients(40, 8)  # of rank 8: 12 landmarks span it
-    wanted = solve(u.t() @ u, damping=0.1, leave_one_out=True).gamma
-    low = u.float()
-    found = nystrom(low.t() @ low, list(range(0, 36, 3)), 0.1, leave_one_out=True).gamma
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
-
-
 @pytest.mark.parametrize("route", ["direct", "hadamard"])
 @pytest.mark.parametrize("name", ["linear tokens", "conv1d", "groups", "stride dilation"])
 def test_a_step_is_that_of_a_loop_over_samples(name: str, route: str) -> None:
     model, x = case(name)
-    moved = displacement(
-        model, lambda: model.shares(x, False).sum(), leave_one_out=True, gram_route=route
-    )
-    check_moved(model, x, moved, per_token=False)
-
-
-def test_a_step_with_positions_as_samples_is_that_of_a_loop_over_positions() -> None:
-    model, x = case("linear tokens")
-    settings = {"fisher_unit": "token", "gram_route": "exact", "leave_one_out": True}
-    moved = displacement(model, lambda: model.shares(x, True).sum(), **settings)
-    check_moved(model, x, moved, per_token=True)
-
-
-def check_moved(model: Wrapped, x: Tensor, moved: dict[str, Tensor], per_token: bool) -> None:
     before = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, p in before.named_parameters():
-            p += moved[name]
-    count = len(before.shares(x, per_token))
-    parameters = list(before.layer.parameters())
-    u = sample_gradients(lambda i: before.shares(x, per_token)[i], parameters, count)
-    matrix = torch.cat([part.reshape(count, -1) for part in u], 1).t()
+    moved = displacement(model, lambda: model.shares(x).sum(), route=route, leave_one_out=True)
+    u = sample_gradients(lambda i: before.shares(x)[i], list(before.layer.parameters()), N)
+    matrix = torch.cat([part.reshape(N, -1) for part in u], 1).t()
     found = torch.cat([part.reshape(-1) for part in moved.values()])
     torch.testing.assert_close(found, direction(matrix, DAMPING), **EXACT)
     plain = torch.linalg.solve(
-        DAMPING * torch.eye(len(matrix), dtype=matrix.dtype) + matrix @ matrix.t() / count,
+        DAMPING * torch.eye(len(matrix), dtype=matrix.dtype) + matrix @ matrix.t() / N,
         DAMPING * matrix.mean(1),
     )
     assert not torch.allclose(found, plain, rtol=1e-2, atol=1e-4)

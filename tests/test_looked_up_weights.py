@@ -39,10 +39,10 @@ def shares(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def backward(layer: nn.Module, x: Tensor, compiled: bool) -> tuple[list[Tensor | None], Tensor]:
-    """Gradients of parameters and input, with GAMMA known for the rows of the batch."""
+    """Return the gradients of parameters and input, with GAMMA known for the rows of the batch."""
     model = nn.ModuleDict({"layer": layer})
-    optimizer = create_fngd_optimizer(model, lr=0.0, target_modules="layer", num_samples=N)
-    store = optimizer.coefficients.store
+    optimizer = create_fngd_optimizer(model, lr=0.0, target_modules="layer")
+    store = optimizer.store
     store.write(store.locate(range(N), create=True), GAMMA.unsqueeze(1))
     optimizer.start_epoch(1)
     optimizer.set_batch(range(N))

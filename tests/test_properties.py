@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, gradients, natural_gradient, sample_gradients
+from helpers import assert_same, gradients, gram_route, natural_gradient, sample_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -57,7 +57,7 @@ def convolution(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def shares(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    """Every sample's share of the loss; masked outputs, like padding, have none."""
+    """Return every sample's share of the loss; masked outputs, like padding, have none."""
     out = layer(x)
     return ((out + out.sin()).square() * mask).flatten(1).sum(1) / len(x)
 
@@ -100,15 +100,16 @@ def test_any_layer_has_its_natural_gradient(
         damping *= float(sum((part * part).sum() for part in u)) / count**2 or 1.0
     expected = natural_gradient(u, damping, relative) if any(p.any() for p in plain) else plain
     model = nn.Sequential(copy.deepcopy(layer)).to(dtype)
-    create_fngd_optimizer(
+    optimizer = create_fngd_optimizer(
         model,
         lr=0.1,
         damping=damping,
         damping_mode="relative" if relative else "absolute",
-        gram_route=route,
         share="none",
     )
-    shares(model, x.to(dtype), mask).sum().backward()
+    with gram_route(route):
+        shares(model, x.to(dtype), mask).sum().backward()
+    assert optimizer.statistics()["gram_seconds"] > 0
     found = [model[0].weight.grad] + ([model[0].bias.grad] if len(parameters) > 1 else [])
     scale = max(float(part.abs().max()) for part in (*plain, *expected))
     tight = dtype is torch.float64
@@ -143,7 +144,7 @@ class Training(RuleBasedStateMachine):
     @staticmethod
     def _optimizer(model: nn.Module) -> Any:
         return create_fngd_optimizer(
-            model, lr=0.05, damping=0.1, collect_epochs=2, refresh_every=3, update_rule="adamw"
+            model, lr=0.05, damping=0.1, refresh_every=3, update_rule="adamw"
         )
 
     def both(self) -> list[list[Any]]:
@@ -166,7 +167,7 @@ class Training(RuleBasedStateMachine):
             optimizer.step()
             optimizer.zero_grad()
             # Whatever was announced, nothing is kept beyond the step.
-            assert not optimizer.coefficients._unwritten and optimizer.coefficients.batch is None
+            assert not optimizer._unwritten and optimizer.batches.current is None
         self.partial = 0
 
     @precondition(lambda self: not self.partial)
@@ -211,7 +212,7 @@ class Training(RuleBasedStateMachine):
     def same_bits(self) -> None:
         assert_same(self.run[0].state_dict(), self.twin[0].state_dict())
         for model, optimizer in self.both():
-            store = optimizer.coefficients.store
+            store = optimizer.store
             assert all(p.isfinite().all() for p in model.parameters())
             assert not store.table[store.known].isnan().any()
 

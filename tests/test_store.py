@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import os
@@ -17,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fngd import FNGDError, sample_store
-from hf_fngd.mean_store import MeanStore
-from hf_fngd.sample_store import SampleStore
+from hf_fngd import FNGDError
+from hf_fngd.methods import stores as stores_module
+from hf_fngd.methods.stores import LayerStore, SampleStore
 
 LAYERS = 3
 NAMES = {
@@ -85,7 +86,7 @@ def test_nan_is_never_stored() -> None:
     torch.testing.assert_close(found, torch.tensor([0.5, float(values[:, 1].mean()), 0.25]))
 
 
-def test_growth_keeps_everything_and_trim_gives_memory_back() -> None:
+def test_growth_keeps_everything_and_an_epoch_gives_memory_back() -> None:
     store = SampleStore(LAYERS, torch.float32)
     ids = random.Random(0).sample(range(-(10**9), 10**9), 2000)
     values = torch.randn(2000, LAYERS)
@@ -93,7 +94,7 @@ def test_growth_keeps_everything_and_trim_gives_memory_back() -> None:
         put(store, ids[start : start + 7], values[start : start + 7])
         assert len(store.table) <= max(256, 1.25 * (start + 7) + 1)
     assert torch.equal(get(store, ids), values)
-    store.trim()
+    store.start_epoch(collecting=False)
     assert store.table.shape == (2000, LAYERS)
     assert torch.equal(get(store, ids), values)
     assert store.count_known(store.locate(ids, create=False)) == 2000
@@ -157,7 +158,7 @@ def test_state_of_an_unused_store_loses_nothing() -> None:
 def test_state_is_a_copy() -> None:
     for store, write in (
         (SampleStore(1, torch.float32, 4), lambda s, v: put(s, [1], torch.tensor([[v]]))),
-        (MeanStore(1), lambda s, v: s.write(0, torch.tensor([1]), torch.tensor([v]))),
+        (LayerStore(1), lambda s, v: s.write(None, torch.tensor([[v]]))),
     ):
         write(store, 0.25)
         state = store.state_dict()
@@ -187,7 +188,7 @@ def test_merge_keeps_the_mean_of_all_ranks(
     shift: int, bound: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of 12 rows, 3 or so at a time go to the other ranks.
-    monkeypatch.setattr(sample_store, "_PIECE", 3)
+    monkeypatch.setattr(stores_module, "_PIECE", 3)
     stores = [SampleStore(LAYERS, torch.float32, bound) for _ in range(3)]
     seen = [[4, 0, 2, 1], [2, 9, 4, 7], [8, 3, 2, 6]]
     values = torch.randn(3, 4, LAYERS)
@@ -208,14 +209,14 @@ def test_merge_keeps_the_mean_of_all_ranks(
     torch.testing.assert_close(stores[0].values(), before, rtol=0, atol=0, equal_nan=True)
 
 
-def merge(stores: list[SampleStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merges as three ranks would, one thread a rank."""
+def merge(stores: list[SampleStore] | list[LayerStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge as three ranks would, one thread a rank."""
     barrier = threading.Barrier(len(stores))
     mine = threading.local()
     sent: list[Any] = [None] * len(stores)
 
     def gather(value: Any) -> list[Any]:
-        sent[mine.rank] = value
+        sent[mine.rank] = copy.deepcopy(value)
         barrier.wait(10)
         found = list(sent)
         barrier.wait(10)
@@ -225,7 +226,7 @@ def merge(stores: list[SampleStore], monkeypatch: pytest.MonkeyPatch) -> None:
         mine.rank = rank
         stores[rank].merge()
 
-    monkeypatch.setattr(sample_store, "gather", gather)
+    monkeypatch.setattr(stores_module, "gather", gather)
     with ThreadPoolExecutor(len(stores)) as pool:
         list(pool.map(run, range(len(stores)), timeout=20))
 
@@ -234,7 +235,7 @@ def merge(stores: list[SampleStore], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mapped(path: Path) -> bool:
-    """Whether this process has memory mapped to a file, deleted or not, of a folder."""
+    """Return whether this process has memory mapped to a file, deleted or not, of a folder."""
     return str(path) in Path("/proc/self/maps").read_text()
 
 
@@ -252,7 +253,7 @@ def test_store_in_a_file_is_the_store_in_memory(
         for store in stores:
             put(store, part.tolist(), values)
     for store in stores:
-        store.trim()
+        store.start_epoch(collecting=False)
     assert mapped(tmp_path)
     assert_close = torch.testing.assert_close
     assert_close(stores[0].values(), stores[1].values(), rtol=0, atol=0, equal_nan=True)
@@ -274,10 +275,10 @@ def test_nothing_of_the_file_stays_behind(tmp_path: Path) -> None:
 
 
 def test_two_processes_have_a_file_each(tmp_path: Path) -> None:
-    """Forked, as by a launcher: what one writes the other does not see."""
+    """As by a launcher: neither sees what the other writes."""
     store = SampleStore(LAYERS, torch.float32, 100, tmp_path)
     code = (
-        "import sys, torch; from hf_fngd.sample_store import SampleStore\n"
+        "import sys, torch; from hf_fngd.methods.stores import SampleStore\n"
         f"store = SampleStore({LAYERS}, torch.float32, 100, sys.argv[1])\n"
         f"store.write(store.locate([1], create=True), torch.ones(1, {LAYERS}))\n"
         "print(float(store.read(store.locate([1], create=False)).sum()))"
@@ -316,76 +317,78 @@ def test_no_room_is_refused(what: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert what != "full" or list(folder.iterdir()) == []
 
 
-# ---- means ---------------------------------------------------------------------------------------
+# ---- means of layers -----------------------------------------------------------------------------
 
 
-def fill(store: MeanStore) -> dict[tuple[int, int], list[float]]:
-    """Writes random coefficients and remembers them by layer and key."""
-    seen: dict[tuple[int, int], list[float]] = {}
-    for layer in range(LAYERS):
-        for shape in ((4,), (2, 5), (3,)):
-            keys = torch.randint(-1, 6, shape) * 2
-            gamma = torch.randn(shape)
-            store.write(layer, keys, gamma)
-            for key, value in zip(keys.flatten().tolist(), gamma.flatten().tolist(), strict=True):
-                if key >= 0:
-                    seen.setdefault((layer, key), []).append(value)
-    return seen
+def fill(store: LayerStore) -> Tensor:
+    """Write random coefficients, some of them missing, and return them."""
+    batches = [torch.randn(size, LAYERS) for size in (4, 10, 3)]
+    for values in batches:
+        values[torch.rand(values.shape) < 0.2] = torch.nan
+        store.write(None, values)
+    return torch.cat(batches)
 
 
-def check(store: MeanStore, seen: dict[tuple[int, int], list[float]]) -> None:
-    for layer in range(LAYERS):
-        everything = [v for (owner, _), values in seen.items() if owner == layer for v in values]
-        mean = sum(everything) / len(everything)
-        keys = torch.arange(-4, 40).view(2, 22)
-        expected = [
-            sum(seen[layer, k]) / len(seen[layer, k]) if (layer, k) in seen else mean
-            for k in keys.flatten().tolist()
-        ]
-        found = store.read(layer, keys)
+def check(store: LayerStore, seen: Tensor) -> None:
+    expected = seen.double().nanmean(0, keepdim=True).float()
+    for found in (store.read(None), store.values()):
         assert found.dtype is torch.float32
-        torch.testing.assert_close(found, torch.tensor(expected).view(2, 22))
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_means_by_layer_and_key(merged: bool) -> None:
-    store = MeanStore(LAYERS)
+def test_means_of_layers(merged: bool) -> None:
+    store = LayerStore(LAYERS)
     seen = fill(store)
     if merged:
         store.merge()
     check(store, seen)
-    assert store.count_known() == len({key for _, key in seen})
-    for key, values in fill(store).items():
-        seen.setdefault(key, []).extend(values)
+    check(store, torch.cat([seen, fill(store)]))
+
+
+def test_empty_layers_have_one() -> None:
+    store = LayerStore(LAYERS)
+    assert torch.equal(store.read(None), torch.ones(1, LAYERS))
+    assert store.values().isnan().all()
+    store.write(None, torch.tensor([[torch.nan, 0.25, torch.nan]]))
+    assert store.read(None).tolist() == [[1.0, 0.25, 1.0]]
+
+
+def test_a_collecting_epoch_starts_anew() -> None:
+    store = LayerStore(LAYERS)
+    seen = fill(store)
+    store.start_epoch(collecting=False)
     check(store, seen)
-
-
-def test_empty_store_gives_one() -> None:
-    store = MeanStore(LAYERS)
-    assert torch.equal(store.read(1, torch.tensor([[0, 5], [-1, 2]])), torch.ones(2, 2))
-    store.write(1, torch.tensor([-1, -100]), torch.tensor([5.0, 7.0]))
-    assert torch.equal(store.read(1, torch.tensor([0])), torch.ones(1))
-
-
-def test_reset_forgets() -> None:
-    store = MeanStore(LAYERS)
-    fill(store)
     store.merge()
     fill(store)
-    store.reset()
-    assert torch.equal(store.read(0, torch.arange(8)), torch.ones(8))
+    store.start_epoch(collecting=True)
+    assert torch.equal(store.read(None), torch.ones(1, LAYERS))
     check(store, fill(store))
 
 
+def test_layer_means_of_all_ranks_are_those_of_all_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stores = [LayerStore(LAYERS) for _ in range(3)]
+    seen = [fill(store) for store in stores]
+    # What has been added once is not added again.
+    for _ in range(2):
+        merge(stores, monkeypatch)
+        for store in stores:
+            check(store, torch.cat(seen))
+    seen += [fill(store) for store in stores]
+    merge(stores, monkeypatch)
+    for store in stores:
+        check(store, torch.cat(seen))
+
+
 @pytest.mark.parametrize("merged", [False, True])
-def test_mean_store_round_trip(merged: bool) -> None:
-    store = MeanStore(LAYERS)
+def test_layer_store_round_trip(merged: bool) -> None:
+    store = LayerStore(LAYERS)
     seen = fill(store)
     if merged:
         store.merge()
-    other = MeanStore(LAYERS)
+    other = LayerStore(LAYERS)
     other.load_state_dict(reload(store.state_dict()))
     check(other, seen)
-    for key, values in fill(other).items():
-        seen.setdefault(key, []).extend(values)
-    check(other, seen)
+    check(other, torch.cat([seen, fill(other)]))

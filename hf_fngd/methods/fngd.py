@@ -329,9 +329,10 @@ class FNGD(LayerOptimizer):
         """Return the coefficients kept for later epochs.
 
         Returns:
-            float32 matrix with a column for each of `layer_names`, and a row for each data set row
-            in the order of their first appearance, or one row for share=layer. NaN: nothing is
-            kept. None for share=none.
+            float32 matrix with a column for each of `layer_names`, and one row for share=layer. For
+            share=sample, row i belongs to data set row i where `bind_dataset` said how many there
+            are, and otherwise to the i-th sample that came. NaN: nothing is kept. None for
+            share=none.
         """
         self._write()
         return None if self.store is None else self.store.values()

@@ -110,8 +110,8 @@ class SampleStore:
 
     def start_epoch(self, collecting: bool) -> None:
         """Give back the memory of rows that growth left unused."""
-        if self.rows is not None and len(self.rows) < len(self.table):
-            self._resize(len(self.rows))
+        if self._used() < len(self.table):
+            self._resize(self._used())
 
     def locate(self, ids: Sequence[int], *, create: bool) -> Tensor:
         """Find the table rows of sample ids.
@@ -192,7 +192,12 @@ class SampleStore:
 
     def values(self) -> Tensor:
         """Return all coefficients as float32 `[rows, layers]`, with NaN where nothing is stored."""
-        return self.table.float().masked_fill_(~self.known.unsqueeze(1), torch.nan)
+        used = self._used()
+        return self.table[:used].float().masked_fill(~self.known[:used].unsqueeze(1), torch.nan)
+
+    def _used(self) -> int:
+        # Growth leaves rows that no sample has.
+        return len(self.table) if self.rows is None else len(self.rows)
 
     def write(self, rows: Tensor | None, values: Tensor) -> None:
         """Store the coefficients of a batch.
@@ -234,7 +239,7 @@ class SampleStore:
     def state_dict(self) -> dict[str, Any]:
         """Return the content as tensors and builtins."""
         ids = None if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)
-        used = len(self.table) if self.rows is None else len(self.rows)
+        used = self._used()
         return {
             "table": self._copy(self.table[:used], used),
             "known": self.known[:used].clone(),
