@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.facts import card_facts
 
-from hf_fngd.hf.card import write_card
+from hf_fngd.report.card import write_card
 
 
 def main(folders: list[str]) -> int:

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from hf_fngd.hf.card import CardMixin, write_card
-from hf_fngd.hf.card_text import CardFacts
+from hf_fngd.report.card import CardMixin, write_card
+from hf_fngd.report.card_text import CardFacts
 from tests.card_rules import faults_of
 from tests.hf_utils import arguments, make_trainer
 

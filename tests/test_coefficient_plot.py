@@ -7,7 +7,7 @@ from matplotlib import pyplot
 
 from hf_fngd import FNGDSeq2SeqTrainer
 from hf_fngd.hf.callback import unwrap_fngd
-from hf_fngd.hf.curves import kept_coefficients, layer_groups, plot_coefficients, summary
+from hf_fngd.report.plots import kept_coefficients, layer_groups, plot_coefficients, summary
 from hf_fngd.selection import select_layers
 from tests import helpers
 from tests.hf_utils import arguments, make_trainer

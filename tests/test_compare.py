@@ -7,9 +7,9 @@ import pytest
 from matplotlib import pyplot
 
 from hf_fngd import FNGDError, FNGDSeq2SeqTrainer
-from hf_fngd.hf import compare
-from hf_fngd.hf.curves import clock, points
-from hf_fngd.hf.runs import read_run
+from hf_fngd.report import compare
+from hf_fngd.report.plots import clock, points
+from hf_fngd.report.runs import read_run
 from tests.hf_utils import arguments, make_trainer
 from tests.test_runner import ROOT, run
 

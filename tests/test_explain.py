@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, TrainingArguments
 
 from hf_fngd import FNGDError, create_fngd_optimizer, gram
-from hf_fngd.hf.explain import layer_cost, main
-from hf_fngd.hf.meta_model import count_positions, load_model
 from hf_fngd.hf.registry import config_from_args
+from hf_fngd.report.explain import layer_cost, main
+from hf_fngd.report.meta_model import count_positions, load_model
 from hf_fngd.selection import select_layers
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_resnet, tiny_vit
 from tests.hf_utils import tiny_marian

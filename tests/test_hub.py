@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import Seq2SeqTrainer
 
-from hf_fngd.hf.hub import HubError, HubMixin, push_command
+from hf_fngd.report.hub import HubError, HubMixin, push_command
 from tests.hf_utils import arguments, make_trainer, tiny_marian
 from tests.hub_server import Hub, Repo
 from tests.test_run_translation import SCRIPT, files, options  # noqa: F401
@@ -33,7 +33,7 @@ print(json.dumps(tokenizer.batch_decode(output, skip_special_tokens=True)))
 PUSH = """
 import json, sys
 from hf_fngd import FNGDError, FNGDSeq2SeqTrainer
-from hf_fngd.hf.hub import HubMixin
+from hf_fngd.report.hub import HubMixin
 from tests.hf_utils import arguments, make_trainer
 class Pushing(HubMixin, FNGDSeq2SeqTrainer):
     pass

@@ -21,7 +21,7 @@ import hf_fngd
 from common.baselines import baselines
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_optimizer
-from hf_fngd.hf.card_text import CardFacts
+from hf_fngd.report.card_text import CardFacts
 from hf_fngd.selection import layer_table
 
 ONE_RUN = "The scores are those of one run with one seed."

@@ -14,7 +14,7 @@ from transformers import Trainer
 from common.facts import card_facts, environment, local_base, optimizer_facts
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_fngd
-from hf_fngd.hf.curves import kept_coefficients, plot_coefficients, summary
+from hf_fngd.report.plots import kept_coefficients, plot_coefficients, summary
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

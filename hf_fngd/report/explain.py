@@ -12,8 +12,8 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hf_fngd.config import FNGDConfig
 from hf_fngd.gram import choose_route, route_costs
-from hf_fngd.hf.meta_model import count_positions, load_model
 from hf_fngd.methods import METHODS
+from hf_fngd.report.meta_model import count_positions, load_model
 from hf_fngd.selection import Selection, select_layers
 
 _MIB = 2**20

@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
-from hf_fngd.hf.card_text import CardFacts, is_hub_id, section
-from hf_fngd.hf.eval_results import write_eval_results
+from hf_fngd.report.card_text import CardFacts, is_hub_id, section
+from hf_fngd.report.eval_results import write_eval_results
 
 _BEGIN, _END = "<!-- hf_fngd: begin -->", "<!-- hf_fngd: end -->"
 _METRIC_NAMES = {

@@ -11,8 +11,8 @@ from typing import Any
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.curves import plot
-from hf_fngd.hf.runs import read_run
+from hf_fngd.report.plots import plot
+from hf_fngd.report.runs import read_run
 
 _METRICS = ("eval_bleu", "eval_accuracy", "eval_chrf", "eval_loss")
 _NOISE = ("_runtime", "_per_second")
