@@ -174,7 +174,7 @@ def test_folders_of_something_else(content, message, tmp_path):
     ("words", "message"),
     [
         (["--metric", "accuracy"], "no run has logged 'accuracy'.*did you mean 'eval_accuracy'"),
-        (["--metric", "bleu"], "no run has logged 'bleu'.*: eval_accuracy, eval_loss"),
+        (["--metric", "bleu"], "no run has logged 'bleu': choose from eval_accuracy, eval_loss"),
         (["--plot", "{folder}/no/such/place.png"], "--plot: cannot write .*No such file"),
         (["{folder}/nothing"], "there is no folder .*nothing"),
     ],
@@ -187,6 +187,13 @@ def test_errors_are_those_of_a_command_line(words, message, tmp_path, capsys):
     assert caught.value.code == 2 and usage.startswith("usage: python -m hf_fngd compare")
     assert re.match(f"python -m hf_fngd compare: error: .*{message}", last)
     assert "did you mean" not in last or "eval_loss" not in last
+
+
+def test_metric_of_runs_without_evaluations(tmp_path, capsys):
+    folder = write(tmp_path / "a", history=[{"step": 1, "loss": 2.0}])
+    with pytest.raises(SystemExit):
+        compare.main([str(folder), "--metric", "eval_bleu"])
+    assert "no run has logged a validation metric" in capsys.readouterr().err
 
 
 def test_command(tmp_path):

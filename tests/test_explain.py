@@ -148,6 +148,8 @@ def test_layer_whose_rows_are_no_samples_is_left_alone():
         (["no/such/folder"], "cannot read the config of 'no/such/folder'"),
         (["someone/nothing"], "cannot read the config of 'someone/nothing'"),
         (["{folder}", "--target_modules", "nothing"], "no layer matches target_modules"),
+        (["{folder}", "--method", "tengard"], "--method: 'tengard' is unknown (did you mean 'ten"),
+        (["{folder}", "--method", "plain"], "--method: 'plain' is unknown: choose from fngd, kf"),
     ],
 )
 def test_errors_are_those_of_a_command_line(words, message, tmp_path, capsys):

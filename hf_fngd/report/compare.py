@@ -89,7 +89,9 @@ def _metric(wanted: str | None, runs: Mapping[str, Mapping[str, Any]]) -> str:
         return next((one for one in _METRICS if one in logged), _METRICS[-1])
     if wanted not in logged:
         known = sorted(name for name in logged if _is_metric("eval_", name))
-        hint = nearest(wanted, known) or f"; logged: {', '.join(known) or 'none'}"
+        if not known:
+            raise FNGDError("--metric: no run has logged a validation metric, so leave it out")
+        hint = nearest(wanted, known) or f": choose from {', '.join(known)}"
         raise FNGDError(f"--metric: no run has logged {wanted!r}{hint}")
     return wanted
 

@@ -18,10 +18,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hf_fngd import FNGDConfig, FNGDError
+from hf_fngd.checks import nearest
 from hf_fngd.gram import choose_route, route_costs
 from hf_fngd.methods import METHODS
 from hf_fngd.selection import Selection, select_layers
 
+_METHODS = [name for name in METHODS if name != "plain"]
 _MIB = 2**20
 _BIG_STORE = 2**30
 # A backward pass is two products of the size of the forward one.
@@ -64,6 +66,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
+    if options.method not in _METHODS:
+        hint = nearest(options.method, _METHODS) or f": choose from {', '.join(_METHODS)}"
+        raise FNGDError(f"--method: {options.method!r} is unknown{hint}")
     target = {"target_modules": options.target_modules} if options.target_modules else {}
     config = METHODS[options.method].config_class.from_strings(target)
     model = load_model(options.model)
@@ -210,9 +215,11 @@ def _parser() -> argparse.ArgumentParser:
         "the config of the model and no weights.",
     )
     parser.add_argument("model", metavar="MODEL", help="Hub id or local folder")
-    methods = [name for name in METHODS if name != "plain"]
     parser.add_argument(
-        "--method", choices=methods, default="fngd", help="name as in --optim (default: fngd)"
+        "--method",
+        metavar="NAME",
+        default="fngd",
+        help=f"one of {', '.join(_METHODS)} (default: fngd)",
     )
     parser.add_argument(
         "--target_modules", help="as in --optim_args: all-linear, a pattern, or names joined by |"
@@ -289,8 +296,8 @@ def _totals(costs: Mapping[str, LayerCost], options: argparse.Namespace) -> list
         f"The coefficients of {options.rows} rows need {store:.1f} MiB of main memory ({half:.1f} "
         "MiB with store_dtype=float16) in each process and each checkpoint; store_dir keeps them "
         "in a file instead",
-        "The Gram matrix of one layer works in at most "
-        f"gram_memory_mb={FNGDConfig().gram_memory_mb} MiB",
+        f"The Gram matrix of one layer uses at most {FNGDConfig().gram_memory_mb} MiB of workspace "
+        "(gram_memory_mb)",
     ]
     if alone:
         found.append(
