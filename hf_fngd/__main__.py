@@ -13,7 +13,7 @@ import sys
 
 from hf_fngd import FNGDError, register
 
-_COMMANDS = {"explain": "hf_fngd.hf.explain", "compare": "hf_fngd.hf.compare"}
+_COMMANDS = {"explain": "hf_fngd.report.explain", "compare": "hf_fngd.report.compare"}
 _USAGE = """usage: python -m hf_fngd SCRIPT [ARGUMENTS OF THE SCRIPT]
        python -m hf_fngd explain MODEL [--batch_size N] [--length T] [--rows N] ...
        python -m hf_fngd compare RUN ... [--metric NAME] [--plot FILE]

@@ -28,9 +28,9 @@ from language.perplexity import compute_metrics, surprise
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from hf_fngd import FNGDTrainer
-from hf_fngd.hf.card import CardMixin
-from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.trainer import LossScaleMixin
+from hf_fngd.report.card import CardMixin
+from hf_fngd.report.hub import HubMixin
 
 METRICS = TASKS["text-generation"].metrics
 

@@ -29,9 +29,9 @@ from images.pixels import load_pixels
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 from hf_fngd import FNGDTrainer
-from hf_fngd.hf.card import CardMixin
-from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.trainer import LossScaleMixin
+from hf_fngd.report.card import CardMixin
+from hf_fngd.report.hub import HubMixin
 
 METRICS = TASKS["image-classification"].metrics
 

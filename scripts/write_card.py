@@ -1,40 +1,41 @@
-"""Writes the model card of a run anew from its metrics.json.
+"""Write the model card of a run again, from its metrics.json.
 
     python scripts/write_card.py model_cards/tatoeba-demo
 
-Text outside our marks, and metadata that a person added, stay as they are.
+Text outside the marks of hf_fngd and metadata that a person added stay as they are.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 from common.facts import card_facts
 
-from hf_fngd.hf.card import write_card
+from hf_fngd.report.card import write_card
 
 
-def main(folders: list[str]) -> int:
-    """Writes the cards.
+def main(words: list[str]) -> int:
+    """Write the cards; a folder without a finished run ends the program with exit code 2.
 
     Args:
-        folders: Output folders of runs.
+        words: Output folders of runs.
 
     Returns:
-        Exit code: 2 for a folder without a finished run.
+        Exit code.
     """
-    if not folders:
-        print(f"usage: python {sys.argv[0]} FOLDER...", file=sys.stderr)
-        return 2
-    for folder in map(Path, folders):
+    parser = argparse.ArgumentParser(
+        prog="write_card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="folder of a run")
+    for folder in parser.parse_args(words).folders:
         try:
             found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             facts = card_facts(found, folder)
         except (OSError, ValueError, KeyError) as error:
-            print(f"write_card: {folder} is no finished run of ours: {error!r}", file=sys.stderr)
-            return 2
+            parser.error(f"{folder} has no finished run of these scripts: {error!r}")
         print(f"written: {write_card(folder, facts)}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,61 @@ def test_local_base_is_told_from_the_hub_where_its_folder_is_gone(tmp_path, writ
     text = (mine / "README.md").read_text()
     assert "base_model" not in text and "from a local model, `first`, on Tatoeba sample" in text
     assert "| | bleu | chrf | bleu_2017 |" in text
+
+
+def table_of_settings(folder):
+    text = (folder / "README.md").read_text()
+    return dict(
+        re.findall(r"^\| (\w+) \| (\S*) \|$", text.split("differ from the defaults")[1], re.M)
+    )
+
+
+def test_settings_are_those_that_differ_from_their_defaults(tmp_path, write):
+    words = "damping=0.1,share=sample,update_scale=rms,collect_every=4"
+    mine = save(tmp_path / "mine", 5.0, optim_args=words)
+    found = json.loads((mine / "metrics.json").read_text())
+    found["optimizer"]["config"] |= {"collect_every": 4, "leave_one_out": True, "adam_beta2": 0.98}
+    (mine / "metrics.json").write_text(json.dumps(found))
+    assert write(mine) == 0
+    # Of the settings that a later version does not know, those that the run named.
+    assert table_of_settings(mine) == {
+        "setting": "value",
+        "learning_rate": "0.003",
+        "warmup_steps": "100",
+        "num_train_epochs": "12",
+        "per_device_train_batch_size": "64",
+        "damping": "0.1",
+        "adam_beta2": "0.98",
+        "collect_every": "4",
+        "leave_one_out": "True",
+    }
+
+
+def test_settings_of_another_optimizer(tmp_path, write):
+    mine = save(tmp_path / "mine", 5.0, optim="sgd", optim_args="momentum=0.9", adam_beta1=0.8)
+    found = json.loads((mine / "metrics.json").read_text())
+    del found["optimizer"]
+    (mine / "metrics.json").write_text(json.dumps(found))
+    assert write(mine) == 0
+    shown = table_of_settings(mine)
+    assert shown["optim_args"] == "momentum=0.9" and shown["adam_beta1"] == "0.8"
+    assert not {"optim", "seed", "weight_decay", "optim_target_modules", "bf16"} & shown.keys()
+
+
+def test_scores_of_any_metric_are_shown(tmp_path, write):
+    mine = save(tmp_path / "mine", 5.0)
+    found = json.loads((mine / "metrics.json").read_text())
+    found["test"]["test_meteor"] = 0.25
+    (mine / "metrics.json").write_text(json.dumps(found))
+    assert write(mine) == 0
+    assert "| | bleu | chrf | meteor |" in (mine / "README.md").read_text()
+
+
+def test_folder_without_a_run_is_refused(tmp_path, write, capsys):
+    with pytest.raises(SystemExit) as caught:
+        write(tmp_path)
+    assert caught.value.code == 2
+    assert "write_card: error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_other_runs_are_not(tmp_path, write):

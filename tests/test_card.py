@@ -6,8 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from hf_fngd.hf.card import CardMixin, write_card
-from hf_fngd.hf.card_text import CardFacts
+from hf_fngd.report.card import CardFacts, CardMixin, write_card
 from tests.card_rules import faults_of
 from tests.hf_utils import arguments, make_trainer
 
@@ -58,11 +57,31 @@ def test_front_matter_is_valid_and_holds_the_results(tmp_path):
         "- One seed.",
         "arXiv:2403.03473",
         "AutoModelForSeq2SeqLM.from_pretrained",
-        "`import hf_fngd` before opening it",
+        "Run `import hf_fngd` before you load `training_args.bin`",
     ],
 )
 def test_text_says(text, tmp_path):
     assert text in write_card(tmp_path, FACTS).read_text()
+
+
+def test_any_metric_is_shown_under_its_own_name(tmp_path):
+    facts = replace(FACTS, metrics={"meteor": 0.51239, "wer": 12.0}, baselines={}, further={})
+    card = ModelCard.load(write_card(tmp_path, facts))
+    assert "| | meteor | wer |\n|---|---:|---:|\n| this model | 0.5124 | 12.00 |\n" in card.text
+    found = {r.metric_type: (r.metric_name, r.metric_value) for r in card.data.eval_results}
+    assert found == {"meteor": ("meteor", 0.5124), "wer": ("wer", 12.0)}
+
+
+def test_pattern_does_not_break_the_table_of_settings(tmp_path):
+    facts = replace(FACTS, settings={"target_modules": ".*(fc1|fc2)"})
+    text = write_card(tmp_path, facts).read_text()
+    assert "\n| setting | value |\n|---|---|\n| target_modules | .*(fc1\\|fc2) |\n\n" in text
+    assert "Settings" not in write_card(tmp_path, replace(FACTS, settings={})).read_text()
+
+
+def test_template_is_text_and_not_html(tmp_path):
+    text = write_card(tmp_path, replace(FACTS, dataset="<A> & 'B'")).read_text()
+    assert "on <A> & 'B' with" in text and "\n\n\n" not in text
 
 
 def test_writing_again_changes_nothing(tmp_path):

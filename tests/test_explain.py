@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, TrainingArguments
 
-from hf_fngd import FNGDError, create_fngd_optimizer, gram
-from hf_fngd.hf.explain import layer_cost, main
-from hf_fngd.hf.meta_model import count_positions, load_model
+from hf_fngd import FNGDConfig, FNGDError, create_fngd_optimizer
 from hf_fngd.hf.registry import config_from_args
-from hf_fngd.selection import select_layers
+from hf_fngd.layers.selection import select_layers
+from hf_fngd.report.explain import count_positions, layer_cost, load_model, main
+from hf_fngd.solve import gram
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_resnet, tiny_vit
 from tests.hf_utils import tiny_marian
 from tests.test_runner import run
@@ -84,11 +84,11 @@ def test_table_totals_and_settings(tmp_path, capsys):
     assert row.split()[1:7] == ["Linear", "16x16", "chosen", "1.00", "5", "direct"]
     assert re.search(r"lm_head +Linear +left out: vocabulary head, tied to", out)
     assert "16 layers chosen, 11 left out." in out
-    assert "262144 rows: 16.0 MiB of main memory, 8.0 MiB with store_dtype=float16" in out
-    assert "forward pass without" not in out
+    assert "262144 rows need 16.0 MiB of main memory (8.0 MiB with store_dtype=float16)" in out
+    assert "pass without weights failed" not in out
     # Every layer is direct: d_in·d_out·(N·T + ¾N²) against 3·N·T·d_in·d_out.
-    assert f"first epoch only: {(4 * 5 + 12) / (3 * 4 * 5):.2f} times" in out
-    assert settings(out).num_samples == 262144
+    assert f"the Gram matrices need {(4 * 5 + 12) / (3 * 4 * 5):.2f} times" in out
+    assert settings(out).to_dict() == FNGDConfig().to_dict()
 
 
 def settings(out):
@@ -108,14 +108,11 @@ def test_big_store_is_halved_and_layers_are_repeated(tmp_path, capsys):
     assert settings(capsys.readouterr().out).store_dtype == "float16"
 
 
-def test_other_methods_have_their_own_layers(tmp_path, capsys):
+def test_other_methods_have_no_gram_matrices_to_count(tmp_path, capsys):
     folder = config_of(tiny_resnet(), tmp_path)
     main([folder, "--method", "kfac"])
     out = capsys.readouterr().out
     assert "7 layers chosen" in out and "Gram" not in out and settings(out).title == "KFAC"
-    main([folder, "--method", "seng"])
-    out = capsys.readouterr().out
-    assert "13 layers chosen" in out, "SENG has blocks for BatchNorm2d"
 
 
 def test_model_that_needs_values_is_assumed_to_see_the_whole_length(tmp_path):
@@ -152,13 +149,17 @@ def test_layer_whose_rows_are_no_samples_is_left_alone():
         (["no/such/folder"], "cannot read the config of 'no/such/folder'"),
         (["someone/nothing"], "cannot read the config of 'someone/nothing'"),
         (["{folder}", "--target_modules", "nothing"], "no layer matches target_modules"),
+        (["{folder}", "--method", "tengard"], "--method: 'tengard' is unknown: did you mean 'ten"),
+        (["{folder}", "--method", "plain"], "--method: 'plain' is unknown: choose from fngd, kf"),
     ],
 )
-def test_errors_are_one_line(words, message, tmp_path):
+def test_errors_are_those_of_a_command_line(words, message, tmp_path, capsys):
     config_of(tiny_vit(), tmp_path)
-    with pytest.raises(FNGDError, match=message) as caught:
+    with pytest.raises(SystemExit) as caught:
         main([word.format(folder=tmp_path) for word in words])
-    assert "\n" not in str(caught.value)
+    usage, last = capsys.readouterr().err.rstrip("\n").rsplit("\n", 1)
+    assert caught.value.code == 2 and usage.startswith("usage: python -m hf_fngd explain")
+    assert last.startswith(f"python -m hf_fngd explain: error: {message}")
 
 
 def test_config_with_code_of_its_own_is_refused(tmp_path):
@@ -166,7 +167,7 @@ def test_config_with_code_of_its_own_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text("raise SystemExit('was run')\n")
     with pytest.raises(FNGDError, match="cannot read the config"):
-        main([str(tmp_path)])
+        load_model(str(tmp_path))
 
 
 def test_architecture_that_is_no_model_is_not_called(tmp_path):
@@ -179,7 +180,7 @@ def test_architecture_that_is_no_model_is_not_called(tmp_path):
 def test_command_and_a_script_of_the_same_name(tmp_path):
     out = run("explain", "someone/nothing", cwd=tmp_path)
     assert out.returncode == 2 and "Traceback" not in out.stderr
-    assert out.stderr.strip().splitlines()[-1].startswith("hf_fngd: cannot read the config")
+    assert "error: cannot read the config" in out.stderr.splitlines()[-1]
     (tmp_path / "explain").write_text("print('the script')\n")
     assert "the script" not in run("explain", "--help", cwd=tmp_path).stdout
     assert run("./explain", cwd=tmp_path).stdout == "the script\n"

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import Seq2SeqTrainer
 
-from hf_fngd.hf.hub import HubError, HubMixin, push_command
+from hf_fngd.report.hub import HubError, HubMixin, push_command
 from tests.hf_utils import arguments, make_trainer, tiny_marian
 from tests.hub_server import Hub, Repo
 from tests.test_run_translation import SCRIPT, files, options  # noqa: F401
@@ -33,7 +33,7 @@ print(json.dumps(tokenizer.batch_decode(output, skip_special_tokens=True)))
 PUSH = """
 import json, sys
 from hf_fngd import FNGDError, FNGDSeq2SeqTrainer
-from hf_fngd.hf.hub import HubMixin
+from hf_fngd.report.hub import HubMixin
 from tests.hf_utils import arguments, make_trainer
 class Pushing(HubMixin, FNGDSeq2SeqTrainer):
     pass
@@ -190,7 +190,7 @@ def test_trouble_at_the_start_costs_no_training(case, hub, files):  # noqa: F811
     assert out.returncode == 2 and "Traceback" not in out.stderr
     start = "run_translation: cannot open me/tiny on the Hub, so nothing was trained: "
     assert last.startswith(start + why)
-    assert f"send the finished model later: hf upload me/tiny {files / 'out'} ." in last
+    assert f"upload the finished model later: hf upload me/tiny {files / 'out'} ." in last
     assert not (files / "out" / "model.safetensors").exists() and hub.repos == {}
 
 
@@ -239,7 +239,7 @@ def test_interruption_leaves_the_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Seq2SeqTrainer, "push_to_hub", interrupted)
     args = arguments(tmp_path / "my run", optim="adamw_torch", optim_args=None, hub_revision="v1")
-    with pytest.raises(HubError, match="safe in .*my run.*: interrupted. To send it") as caught:
+    with pytest.raises(HubError, match="safe in .*my run.*: interrupted. To upload it") as caught:
         make_trainer(Pushing, args).push_to_hub()
     assert (tmp_path / "my run" / "model.safetensors").exists()
     command = push_command(args)
@@ -262,4 +262,5 @@ def test_explain_reads_no_more_than_the_config_of_a_model_on_the_hub(hub, tmp_pa
     out = client(hub, tmp_path, "-m", "hf_fngd", "explain", "me/none")
     last = out.stderr.strip().splitlines()[-1]
     assert out.returncode == 2 and "Traceback" not in out.stderr
-    assert last.startswith("hf_fngd: cannot read the config of 'me/none': give the id of a model")
+    start = "python -m hf_fngd explain: error: cannot read the config of 'me/none': give the id of"
+    assert last.startswith(start)

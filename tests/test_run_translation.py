@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import hf_fngd.hf.hub
+import hf_fngd.report.hub
 from tests.script_utils import use_as_the_card_says
 from tests.test_runner import ROOT
 
@@ -406,7 +406,7 @@ def test_push_sends_the_card_with_the_results(files, script, monkeypatch):
             sent.append((Path(folder_path) / "README.md").read_text())
 
     monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    monkeypatch.setattr(hf_fngd.hf.hub, "_fetch_card", lambda *_: None)
+    monkeypatch.setattr(hf_fngd.report.hub, "_fetch_card", lambda *_: None)
     quick = {"num_train_epochs": 1, "eval_strategy": "no", "do_eval": False, "push_to_hub": True}
     monkeypatch.setattr(sys, "argv", ["run_translation.py", *options(files, **quick)])
     assert script.cli() == 0

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from workload import write_results
 
 from hf_fngd.calls import gather_calls
-from hf_fngd.gram import sample_gram
+from hf_fngd.solve.gram import sample_gram
 from hf_fngd.image_layers import Conv2dAdapter
 from hf_fngd.layer_solver import Draws
 

@@ -18,7 +18,7 @@ from step_time import interleave
 from transformers import HfArgumentParser
 from workload import write_results
 
-from hf_fngd import gram
+from hf_fngd.solve import gram
 
 MIB = 2**20
 BLOCKS = (1, 4, 8, 16, 64, 256)

@@ -24,7 +24,7 @@ from workload import Workload, make_step, write_results
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from hf_fngd.gram import choose_route  # noqa: E402
+from hf_fngd.solve.gram import choose_route  # noqa: E402
 
 STEPS = {
     "AdamW": "adamw",

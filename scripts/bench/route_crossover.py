@@ -20,7 +20,7 @@ from step_time import Options, interleave, summarise
 from transformers import HfArgumentParser
 from workload import write_results
 
-from hf_fngd.gram import choose_route, sample_gram
+from hf_fngd.solve.gram import choose_route, sample_gram
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -1,4 +1,4 @@
-"""Runs of the same command with another optimizer, which the card of a run compares it with."""
+"""Runs of the same command with another optimizer, with which a card compares its run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# What belongs to the optimizer: two runs that differ in nothing else can be compared.
+# Settings of the optimizer: runs that differ only in these can be compared.
 OPTIMIZER = (
     "optim",
     "optim_args",
@@ -27,15 +27,15 @@ def baselines(
     folder: Path,
     scores: Callable[[Mapping[str, Any]], tuple[str, dict[str, float]]],
 ) -> dict[str, dict[str, float]]:
-    """Finds the runs that differ from one in the optimizer alone, in the folders beside it.
+    """Find the runs that differ from a run only in the optimizer, in the folders beside its own.
 
     Args:
         found: Content of the run's metrics.json.
         folder: Its folder.
-        scores: Gives the part of the data that a run was scored on, and its scores.
+        scores: Function that returns the split on which a run was scored, and its scores.
 
     Returns:
-        Scores on the same part of the data, by the settings of the optimizer that differ.
+        Scores on the same split, by the settings of the optimizer that differ.
     """
     part, _ = scores(found)
     others = {}

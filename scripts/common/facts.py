@@ -1,4 +1,4 @@
-"""What is known of a run: its task, settings, environment and optimizer, and its card's facts."""
+"""Facts of a run: task, settings, environment and optimizer, and what its card says of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,8 +21,11 @@ import hf_fngd
 from common.baselines import baselines
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_optimizer
-from hf_fngd.hf.card_text import CardFacts
+from hf_fngd.hf.registry import split_words
 from hf_fngd.layers.selection import layer_table
+from hf_fngd.methods import METHODS
+from hf_fngd.report.card import CardFacts
+from hf_fngd.report.runs import overfitting, scores
 
 ONE_RUN = "The scores are those of one run with one seed."
 ADAPTERS = "These are LoRA adapters: loading them needs peft and the model they were trained on."
@@ -30,32 +33,25 @@ ADAPTERS = "These are LoRA adapters: loading them needs peft and the model they 
 
 @dataclass(frozen=True)
 class Task:
-    """What a script trains for: metrics of its test set, and what its models cannot do."""
+    """The task of a script: its own metrics, and what its models cannot do."""
 
     name: str
     metrics: tuple[str, ...]
     limits: tuple[str, ...]
 
     def scores(self, found: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-        """Reads the scores of a run: those of the test set, or else of the validation set.
+        """Read the scores of a run: those of the test set, or else of the validation set.
 
         Args:
             found: Content of metrics.json.
 
         Returns:
-            `test` or `validation`, and the scores by metric; then those of further test sets, as
-            `bleu_` and the name of the set.
+            `test` or `validation`, and the scores by metric: the task's own first, then others;
+            those of further test sets as `bleu_` and the name of the set.
         """
         split = next((name for name in ("test", "validation") if found.get(name)), "test")
-        values, prefix = found.get(split, {}), "eval" if split == "validation" else "test"
-        read = {name: values.get(name, values.get(f"{prefix}_{name}")) for name in self.metrics}
-        further = {
-            name: value
-            for name, value in values.items()
-            if name.startswith(tuple(f"{metric}_" for metric in self.metrics))
-            and not isinstance(value, str)
-        }
-        return split, {n: value for n, value in read.items() if value is not None} | further
+        read = scores(found.get(split, {}), "eval" if split == "validation" else "test")
+        return split, {name: read[name] for name in self.metrics if name in read} | read
 
 
 TASKS = {
@@ -83,7 +79,7 @@ TASKS = {
         ),
     )
 }
-# A data argument that only this task's script has; without one it is image classification.
+# A data argument that only this task's script has; without one, the task is image classification.
 MARKS = {
     "source_lang": "translation",
     "summary_column": "summarization",
@@ -92,10 +88,10 @@ MARKS = {
 
 
 def environment(*more: ModuleType) -> dict[str, Any]:
-    """Describes where and how the run was made.
+    """Describe where and how the run was made.
 
     Args:
-        *more: Modules whose version matters, beside the usual ones.
+        *more: Modules whose version matters as well.
 
     Returns:
         Command, versions and device.
@@ -118,7 +114,7 @@ def environment(*more: ModuleType) -> dict[str, Any]:
 
 
 def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[str, Any]:
-    """Gathers what the run was set to.
+    """Collect the settings of the run.
 
     Args:
         model_args: Dataclass of model arguments.
@@ -126,7 +122,7 @@ def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[s
         args: Training arguments.
 
     Returns:
-        Builtins.
+        Builtins, for metrics.json.
     """
     chosen = (
         "optim",
@@ -155,26 +151,26 @@ def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[s
 
 
 def local_base(model: Mapping[str, Any]) -> dict[str, str]:
-    """Names the local model that a run started from; later its folder may be gone.
+    """Name the local model that a run started from; later its folder may be gone.
 
     Args:
         model: Model arguments.
 
     Returns:
-        Name of the folder under `local_base`; nothing for a model of the Hub or a new one.
+        Name of the folder as `local_base`; nothing for a new model or one of the Hub.
     """
     name = model["model_name_or_path"]
     return {"local_base": Path(name).resolve().name} if name and Path(name).is_dir() else {}
 
 
 def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
-    """Describes an optimizer of hf_fngd.
+    """Describe an optimizer of hf_fngd.
 
     Args:
         trainer: A Trainer.
 
     Returns:
-        Method, settings and layers under `optimizer`; nothing for any other optimizer.
+        Method, settings and layers as `optimizer`; nothing for any other optimizer.
     """
     optimizer = unwrap_optimizer(trainer.optimizer)
     if optimizer is None:
@@ -183,32 +179,50 @@ def optimizer_facts(trainer: Trainer) -> dict[str, Any]:
     return {"optimizer": {**facts, "layers": optimizer.selection.rows()}}
 
 
-def _settings(training: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    # Of what both have (betas, a seed) the optimizer's is the one that it used.
-    text = ("optim", "optim_args", "optim_target_modules")
-    own = {name: value for name, value in training.items() if name not in (*text, *config)}
-    return own | dict(config)
+def _changed(training: Mapping[str, Any], optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings that differ from the defaults of transformers and of the optimizer."""
+    defaults = {one.name: one.default for one in fields(TrainingArguments)}
+    changed = {
+        name: value
+        for name, value in training.items()
+        # The card's text names the optimizer and the seed.
+        if name not in ("optim", "seed") and value not in (None, defaults.get(name))
+    }
+    if optimizer is None:
+        return changed
+    config, kind = optimizer["config"], METHODS[optimizer["method"]].config_class
+    defaults, given = kind().to_dict(), split_words(training["optim_args"] or "")
+    # The optimizer used its own value of a setting that both have, such as AdamW's betas. A
+    # setting that hf_fngd has no more differs if the run named it.
+    text = ("optim_args", "optim_target_modules")
+    return {n: value for n, value in changed.items() if n not in (*text, *config)} | {
+        name: value
+        for name, value in config.items()
+        if value is not None and (value != defaults[name] if name in defaults else name in given)
+    }
 
 
 def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
-    """Gathers what the model card says from the numbers of a run, and of those beside it.
+    """Collect the facts of the model card, from the numbers of a run and of the runs beside it.
 
     Args:
         found: Content of metrics.json.
-        folder: Folder of the model, which names it; runs of the same command with another
-            optimizer are looked for beside it.
+        folder: Folder of the model, which names it. The folders beside it are searched for runs of
+            the same command with another optimizer.
 
     Returns:
-        Facts.
+        The facts.
     """
     data, training = found["settings"]["data"], found["settings"]["training"]
     named = (task for mark, task in MARKS.items() if mark in data)
     task = TASKS[next(named, "image-classification")]
     optimizer = found.get("optimizer")
-    split, scores = task.scores(found)
+    split, read = task.scores(found)
+    further = tuple(f"{name}_" for name in task.metrics)
     tested = found.get(split, {})
     places = SimpleNamespace(**data)
     model = found["settings"]["model"]
+    limits = [*task.limits, overfitting(found["history"]), model.get("lora_rank") and ADAPTERS]
     return CardFacts(
         model_name=folder.resolve().name,
         task=task.name,
@@ -222,16 +236,16 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         base_model=None if "local_base" in found else model["model_name_or_path"],
         local_base=found.get("local_base"),
         optimizer=str(training["optim"]),
-        settings=_settings(training, optimizer["config"]) if optimizer else training,
+        settings=_changed(training, optimizer),
         layers=layer_table(optimizer["layers"]) if optimizer else "",
         seed=training["seed"],
         curves="curves.png" if found["history"] else None,
         coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,
-        metrics={name: scores[name] for name in task.metrics if name in scores},
-        further={name: value for name, value in scores.items() if name not in task.metrics},
+        metrics={name: value for name, value in read.items() if not name.startswith(further)},
+        further={name: value for name, value in read.items() if name.startswith(further)},
         baselines=baselines(found, folder, task.scores),
-        signatures={n: tested[f"{n}_signature"] for n in scores if f"{n}_signature" in tested},
-        limits=[*task.limits, *([ADAPTERS] if model.get("lora_rank") else [])],
+        signatures={n: tested[f"{n}_signature"] for n in read if f"{n}_signature" in tested},
+        limits=[limit for limit in limits if limit],
         prefix=data.get("source_prefix") or "",
         custom_code=found.get("custom_code", False),
         **found["environment"],

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.json, predictions.jsonl, pictures and the card."""
+"""Files of a finished run: metrics.json, predictions.jsonl, pictures and the card."""
 
 from __future__ import annotations
 
@@ -8,30 +8,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import matplotlib
+from tabulate import tabulate
 from transformers import Trainer
 
 from common.facts import card_facts, environment, local_base, optimizer_facts
 from common.source import describe
 from hf_fngd.hf.callback import unwrap_optimizer
-from hf_fngd.hf.curves import kept_coefficients, plot_coefficients, summary
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-LABELS = {
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "accuracy": "accuracy",
-    "perplexity": "perplexity",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-}
+from hf_fngd.report.plots import kept_coefficients, plot_coefficients, plot_history, summary
+from hf_fngd.report.runs import METRIC_NAMES, format_score
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that people can read.
+    """Write a JSON file that people can read.
 
     Args:
         path: The file.
@@ -41,7 +29,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a row.
+    """Write one JSON object a row.
 
     Args:
         path: The file.
@@ -52,39 +40,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def plot_curves(
-    path: Path, history: Sequence[dict[str, Any]], title: str, metric: str, loss_label: str
-) -> None:
-    """Draws training and validation loss, and one metric, against steps.
-
-    Args:
-        path: PNG file.
-        history: The Trainer's log history.
-        title: Title of the figure.
-        metric: Name of the metric, as in `LABELS`.
-        loss_label: What the loss is.
-    """
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, key, label in (
-        (left, "loss", "training loss"),
-        (left, "eval_loss", "validation loss"),
-        (right, f"eval_{metric}", f"validation {LABELS[metric]}"),
-    ):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            marker = "o" if key.startswith("eval") else None
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
-    for axes, name in ((left, loss_label), (right, LABELS[metric])):
-        axes.set_xlabel("step")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def write_run(
     trainer: Trainer,
     found: dict[str, Any],
@@ -93,16 +48,16 @@ def write_run(
     loss_label: str,
     *modules: ModuleType,
 ) -> list[Path]:
-    """Writes metrics.json and the curves into the output folder.
+    """Write metrics.json and the pictures into the output folder.
 
     Args:
         trainer: A Trainer.
-        found: Content of metrics.json; gets `environment`, `optimizer`, `local_base` and
-            `train_rows`.
+        found: Content of metrics.json; `environment`, `optimizer`, `local_base` and `train_rows`
+            are added.
         data_args: Dataclass of data arguments.
-        metric: Name of the metric of the curves, as in `LABELS`.
-        loss_label: What the loss is.
-        *modules: Modules whose version matters, beside the usual ones.
+        metric: Name of the metric of the curves.
+        loss_label: What the loss measures.
+        *modules: Modules whose version matters as well.
 
     Returns:
         The files.
@@ -113,8 +68,7 @@ def write_run(
     if trainer.train_dataset is not None:
         found["train_rows"] = len(trainer.train_dataset)
     found |= optimizer_facts(trainer) | local_base(found["settings"]["model"])
-    optimizer = unwrap_optimizer(trainer.optimizer)
-    kept = kept_coefficients(optimizer) if optimizer is not None else {}
+    kept = kept_coefficients(unwrap_optimizer(trainer.optimizer))
     if kept:
         found["optimizer"]["coefficients"] = summary(kept)
     write_json(folder / "metrics.json", found)
@@ -122,7 +76,7 @@ def write_run(
     if found.get("history"):
         title = f"{describe(data_args, 'train')}, {found['settings']['training']['optim']}"
         path = folder / "curves.png"
-        plot_curves(path, found["history"], title, metric, loss_label)
+        plot_history(path, found["history"], title, metric, loss_label)
         written.append(path)
     if kept:
         path = folder / "coefficients.png"
@@ -134,7 +88,7 @@ def write_run(
 def finish(
     trainer: Any, found: dict[str, Any], written: list[Path], metrics: Sequence[str]
 ) -> None:
-    """Writes the card of a training, and says what there is.
+    """Write the card after a training, and print the summary.
 
     Args:
         trainer: A Trainer with the card's mixin.
@@ -151,32 +105,40 @@ def finish(
 
 
 def print_summary(found: dict[str, Any], written: Sequence[Path], metrics: Sequence[str]) -> None:
-    """Prints losses, scores, and where everything is.
+    """Print losses, scores, and the paths of all files.
 
     Args:
         found: Content of metrics.json.
         written: Files.
-        metrics: Names of the metrics, as in `LABELS`; the first one is the one of the curves.
+        metrics: Names of the metrics; the first one is the one of the curves.
     """
-    history = found.get("history", [])
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    if losses:
-        print(f"\ntraining loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
-    key = f"eval_{metrics[0]}"
-    scores = [_number(metrics[0], entry[key]) for entry in history if key in entry]
-    if scores:
-        label = LABELS[metrics[0]]
-        print(f"validation {label}, evaluation by evaluation: {', '.join(scores)}")
-    for split in ("validation", "test"):
-        for name in metrics:
-            key = f"{'eval' if split == 'validation' else split}_{name}"
-            if key in found.get(split, {}):
-                signature = found[split].get(f"{name}_signature", "")
-                value = _number(name, found[split][key])
-                print(f"{split} {LABELS[name]}: {value}   {signature}".rstrip())
+    table = _evaluations(found.get("history", []), metrics[0])
+    if table:
+        print("\n" + tabulate(table, headers="keys", disable_numparse=True, stralign="right"))
+    for split, prefix in (("validation", "eval"), ("test", "test")):
+        scores = found.get(split, {})
+        for name in (one for one in metrics if f"{prefix}_{one}" in scores):
+            value = format_score(name, scores[f"{prefix}_{name}"])
+            signature = scores.get(f"{name}_signature", "")
+            print(f"{split} {METRIC_NAMES.get(name, name)}: {value}   {signature}".rstrip())
     for path in written:
         print(f"written: {path}")
 
 
-def _number(name: str, value: float) -> str:
-    return f"{value:.2%}" if name == "accuracy" else f"{value:.2f}"
+def _evaluations(history: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, str]]:
+    """Rows of the summary's table: one for each evaluation, else one for each logged loss."""
+    key = f"eval_{metric}"
+    evaluated = any("eval_loss" in entry for entry in history)
+    rows, loss = [], ""
+    for entry in history:
+        if "loss" in entry:
+            loss = f"{entry['loss']:.3f}"
+        if ("eval_loss" if evaluated else "loss") not in entry:
+            continue
+        row = {"epoch": f"{entry['epoch']:.4g}", "training loss": loss}
+        if evaluated:
+            row["validation loss"] = f"{entry['eval_loss']:.3f}"
+        if key in entry:
+            row[METRIC_NAMES.get(metric, metric)] = format_score(metric, entry[key])
+        rows.append(row)
+    return rows

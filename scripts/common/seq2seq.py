@@ -21,9 +21,9 @@ from transformers import (
 from common import report
 from common.training import TrainingClock, is_ours
 from hf_fngd import FNGDSeq2SeqTrainer
-from hf_fngd.hf.card import CardMixin
-from hf_fngd.hf.hub import HubMixin
 from hf_fngd.hf.trainer import LossScaleMixin
+from hf_fngd.report.card import CardMixin
+from hf_fngd.report.hub import HubMixin
 
 SHOWN = 10
 

@@ -15,7 +15,7 @@ from comparison.jobs import TRAINER_SETTINGS, optim_args
 from comparison.outcome import NONE, Outcome, outcomes, spread
 from comparison.plan import Plan, shown
 from comparison.search import at_edge
-from hf_fngd.hf.curves import plot
+from hf_fngd.report.plots import plot
 
 
 def write_report(plan: Plan, folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from typing import Any
 from comparison.jobs import Job
 from comparison.plan import Plan, shown
 from comparison.results import thin
-from hf_fngd.hf.runs import numbers
+from hf_fngd.report.runs import numbers
 
 
 def execute(plan: Plan, job: Job, work: Path, lock: int) -> dict[str, Any]:

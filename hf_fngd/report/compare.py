@@ -1,4 +1,4 @@
-"""`python -m hf_fngd compare RUN...`: a table and a picture of finished runs."""
+"""`python -m hf_fngd compare RUN...`: a table of finished runs and, on request, a picture."""
 
 from __future__ import annotations
 
@@ -10,66 +10,72 @@ from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from hf_fngd.errors import FNGDError
-from hf_fngd.hf.curves import plot
-from hf_fngd.hf.runs import read_run
+from hf_fngd import FNGDError
+from hf_fngd.errors import suggestion
+from hf_fngd.report.plots import plot
+from hf_fngd.report.runs import read_run
 
 _METRICS = ("eval_bleu", "eval_accuracy", "eval_chrf", "eval_loss")
-_NOISE = ("_runtime", "_per_second")
+_NOISE = ("_runtime", "_per_second", "_signature")
 _NONE = "–"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the table, and draws losses and validation metric against steps and seconds.
+    """Print the table, and draw losses and validation metric if `--plot` names a file.
+
+    A folder without a finished run and an unknown metric end the program with exit code 2.
 
     Args:
         arguments: Words after `compare`.
-
-    Raises:
-        FNGDError: If a folder holds no finished run, or no run has the metric.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        _compare(options)
+    except FNGDError as error:
+        parser.error(str(error))
+
+
+def _compare(options: argparse.Namespace) -> None:
     runs = {label: read_run(folder) for label, folder in _labels(options.runs).items()}
-    logged = {name for run in runs.values() for entry in run["history"] for name in entry}
-    metric = options.metric or next((one for one in _METRICS if one in logged), _METRICS[-1])
-    if options.metric and metric not in logged:
-        known = ", ".join(sorted(name for name in logged if _is_metric("eval_", name))) or "none"
-        raise FNGDError(f"--metric: no run has logged {metric!r}; logged: {known}")
+    metric = _metric(options.metric, runs)
     rows = [_row(label, run, metric) for label, run in runs.items()]
     print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
-    notes = _notes(list(runs.values()))
-    if notes:
-        print("\n" + "\n".join(f"- {note}" for note in notes))
+    print("\n" + "\n".join(f"- {note}" for note in _notes(list(runs.values()))))
+    if options.plot is None:
+        return
     try:
         plot(options.plot, {label: [run] for label, run in runs.items()}, metric)
     except OSError as error:
         raise FNGDError(f"--plot: cannot write {str(options.plot)!r}: {error.strerror}") from None
-    # Not among the lines of the table, which are likely to go into a file.
+    # On stderr, since the table on stdout often goes into a file.
     print(f"written: {options.plot}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hf_fngd compare",
-        description="Compares finished runs: a Markdown table of settings, losses, scores and "
-        "seconds, and a picture of their course. Reads metrics.json of the training scripts, or "
-        "the trainer_state.json of any Trainer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Print a Markdown table of finished runs: settings, losses, scores and "
+        "seconds. Reads the metrics.json of the training scripts, or the trainer_state.json of "
+        "any Trainer.",
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="output folder of a run")
     parser.add_argument(
-        "--metric", help=f"validation metric; the first of {', '.join(_METRICS)} by default"
+        "--metric",
+        metavar="NAME",
+        help=f"validation metric (default: the first logged one of {', '.join(_METRICS)})",
     )
-    parser.add_argument("--plot", type=Path, default=Path("compare.png"), help="PNG file")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="also draw training loss and metric against steps and seconds into this PNG file",
+    )
     return parser
 
 
 def _labels(folders: Sequence[Path]) -> dict[str, Path]:
-    """Names runs by their folders, or by the whole path where two are called the same.
-
-    Returns:
-        Folder by label; a folder that is given twice is there once.
-    """
+    """Name each run by its folder, or by the whole path where two folders have the same name."""
     names = [folder.resolve().name for folder in dict.fromkeys(folders)]
     return {
         name if names.count(name) == 1 else str(folder): folder
@@ -77,11 +83,27 @@ def _labels(folders: Sequence[Path]) -> dict[str, Path]:
     }
 
 
+def _metric(wanted: str | None, runs: Mapping[str, Mapping[str, Any]]) -> str:
+    logged = {name for run in runs.values() for entry in run["history"] for name in entry}
+    if wanted is None:
+        return next((one for one in _METRICS if one in logged), _METRICS[-1])
+    if wanted not in logged:
+        known = sorted(name for name in logged if _is_metric("eval_", name))
+        if not known:
+            raise FNGDError("--metric: no run has logged a validation metric, so leave it out")
+        raise FNGDError(f"--metric: no run has logged {wanted!r}: {suggestion(wanted, known)}")
+    return wanted
+
+
 def _row(label: str, run: Mapping[str, Any], metric: str) -> dict[str, str]:
     settings = run["settings"]
     values = [entry[metric] for entry in run["history"] if metric in entry]
     last = run["validation"].get(metric, values[-1] if values else None)
-    scores = {n: v for n, v in run["test"].items() if _is_metric("test_", n)}
+    scores = {
+        name: value
+        for name, value in run["test"].items()
+        if _is_metric("test_", name) and isinstance(value, int | float)
+    }
     return {
         "run": label.replace("|", "\\|"),
         "optimizer": str(settings.get("optim", _NONE)),
@@ -97,7 +119,7 @@ def _row(label: str, run: Mapping[str, Any], metric: str) -> dict[str, str]:
 
 
 def _is_metric(prefix: str, name: str) -> bool:
-    return name.startswith(prefix) and not name.endswith((*_NOISE, "_signature"))
+    return name.startswith(prefix) and not name.endswith(_NOISE)
 
 
 def _number(value: float | None) -> str:
@@ -105,14 +127,19 @@ def _number(value: float | None) -> str:
 
 
 def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    notes = ["Training loss: the last logged one, in the unit of its own run. One run is one seed."]
+    notes = [
+        "The training loss is the last logged one, in the unit of its own run.",
+        "Each run has one seed.",
+    ]
     places = []
     for run in runs:
         place = {name: run["environment"].get(name) for name in ("device", "versions")}
         if place not in places:
             places.append(place)
     if len(places) > 1:
-        notes.append("Made on different machines or versions: the seconds do not compare.")
+        notes.append(
+            "The seconds cannot be compared: the runs used different machines or versions."
+        )
     if any(run["evaluation_in_seconds"] for run in runs):
-        notes.append("The seconds of runs without train_seconds include their evaluations.")
+        notes.append("Without train_seconds in its history, a run's seconds include evaluations.")
     return notes

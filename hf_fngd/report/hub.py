@@ -1,4 +1,4 @@
-"""Pushing to the Hub: a failure is one message, and the way to go on without training again."""
+"""Uploads to the Hub: a failure is one message, and says how to go on without training again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from transformers import Trainer, TrainingArguments
 
-from hf_fngd.errors import FNGDError
+from hf_fngd import FNGDError
 
 _TOKEN = "set HF_TOKEN or run `hf auth login`"
 
@@ -28,60 +28,60 @@ class HubError(FNGDError):
 
 
 class HubMixin(Trainer):
-    """Trainer mixin: what goes wrong with the Hub is a `HubError` of one line.
+    """Trainer mixin: a failure on the Hub is a `HubError` of one line.
 
-    The Hub is asked for the repository before anything is trained, so that a wrong token costs no
-    training. After training the model is on the disk before anything is sent.
+    The repository is opened before the training, so a wrong token costs no training. After the
+    training the model is saved before anything is uploaded.
     """
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the repository on the Hub, unless it is there.
+        """Create the repository on the Hub unless it exists.
 
-        A card that it has already is fetched, if the output folder has none: else the push would
-        replace what somebody wrote there.
+        If the repository has a card and the output folder has none, the card is downloaded:
+        otherwise the push would replace it.
 
         Args:
             *args: Arguments of the Trainer's method.
             **kwargs: Arguments of the Trainer's method.
 
         Raises:
-            HubError: If that failed.
+            HubError: If that fails.
         """
         try:
             super().init_hf_repo(*args, **kwargs)
             if self.is_world_process_zero():
                 _fetch_card(self.hub_model_id, self.args, kwargs.get("token"))
-        # Errors of the network are of half a dozen unrelated types.
+        # Network errors have half a dozen unrelated types.
         except Exception as error:
             raise HubError(
                 f"cannot open {_repository(self.args)} on the Hub, so nothing was trained: "
-                f"{reason(error)}. Or leave out --push_to_hub, and send the finished model later: "
+                f"{reason(error)}. Or leave out --push_to_hub and upload the finished model later: "
                 f"{push_command(self.args)}"
             ) from error
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Saves the model, writes the card, and sends the output folder to the Hub.
+        """Save the model, write the card, and upload the output folder to the Hub.
 
         Args:
             *args: Arguments of the Trainer's method.
             **kwargs: Arguments of the Trainer's method.
 
         Returns:
-            What the Trainer's method returns; None on all ranks but the first.
+            The result of the Trainer's method; None on every rank except the first.
 
         Raises:
-            HubError: If the model could not be sent; it is saved by then.
+            HubError: If the upload fails; the model is saved by then.
         """
         if not self.args.push_to_hub:
-            # Else the Trainer talks to the Hub first, and there would be nothing to fall back on.
+            # The Trainer would contact the Hub first, and a failure would leave no saved model.
             self.save_model(_internal_call=True)
         try:
             return super().push_to_hub(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
             raise HubError(
                 f"the model is trained and safe in {self.args.output_dir}, but it could not be "
-                f"pushed to {_repository(self.args)}: {reason(error)}. To send it without training "
-                f"again: {push_command(self.args)}"
+                f"pushed to {_repository(self.args)}: {reason(error)}. To upload it without "
+                f"training again: {push_command(self.args)}"
             ) from error
 
 
@@ -99,13 +99,13 @@ def _fetch_card(repository: str, args: TrainingArguments, token: str | None) -> 
 
 
 def push_command(args: TrainingArguments) -> str:
-    """Gives the command that sends a finished run to the Hub, and only what is not there yet.
+    """Return the command that uploads a finished run, without the files that the Hub has.
 
     Args:
         args: Training arguments of the run.
 
     Returns:
-        A line for the shell. It leaves out what the Trainer leaves out.
+        A line for the shell. It excludes the same files as the Trainer.
     """
     words = ["hf", "upload", _repository(args), args.output_dir, "."]
     if args.hub_private_repo:
@@ -116,10 +116,10 @@ def push_command(args: TrainingArguments) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Says in one line what went wrong, and what to do about it.
+    """Return the cause of a failure in one line, and what to do about it.
 
     Args:
-        error: What was raised; errors that it was raised from count as well.
+        error: The exception; the exceptions that caused it are looked at as well.
 
     Returns:
         Text without a full stop.
