@@ -20,6 +20,7 @@ from pathlib import Path
 from comparison.campaign import Campaign
 from comparison.plan import PlanError, load_plan
 from comparison.report import write_report
+from comparison.results import fold_runs
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -78,6 +79,7 @@ def main() -> None:
             campaign.final(strict=options.stage == "final")
         if options.stage in (None, "timed"):
             campaign.timed(strict=options.stage == "timed")
+    fold_runs(options.results)
     for path in write_report(plan, options.results):
         print(f"written: {path}")
 

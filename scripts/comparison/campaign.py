@@ -114,7 +114,7 @@ class Campaign:
                 if self._read(job) is not None:  # made by a process that was waited for
                     continue
                 result = execute(self.plan, job, self.work, lock)
-                results.write(results.result_path(self.folder, job), result)
+                results.write_run(self.folder, job, result)
                 print(f"[{number}/{len(todo)}] {_line(job, result)}", flush=True)
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.jobs import Job
-from comparison.plan import Plan, shown
+from comparison.plan import Plan
 from comparison.results import thin
 from hf_fngd.hf.runs import numbers
 
@@ -63,12 +62,11 @@ def execute(plan: Plan, job: Job, work: Path, lock: int) -> dict[str, Any]:
         "searched": job.searched,
         "script": plan.script.name,
         "settings": job.settings,
-        "command": shlex.join(["python", shown(plan.script), shown(file)]),
         "environment": _environment(metrics),
         **numbers(metrics),
         **({"misaligned": metrics["misaligned"]} if metrics.get("misaligned") else {}),
         "total_seconds": total,
-        "history": thin(metrics.get("history", []), job.final),
+        **({"history": thin(metrics.get("history", []))} if job.final else {}),
     }
     if reason:
         result["status"] = "failed"
