@@ -56,12 +56,13 @@ def unfold(text: str) -> list[dict[str, Any]]:
     try:
         first, *lines = map(json.loads, text.splitlines())
         shared = {name: first[name] for name in SHARED if name in first}
+        settings, environments = first["settings"], first["environments"]
         return [
             {
                 **line,
                 **shared,
-                "settings": {**first["settings"], **line["settings"]},
-                "environment": first["environments"][line["environment"]],
+                "settings": {**settings, **line["settings"]},
+                "environment": environments[line["environment"]],
             }
             for line in lines
         ]
