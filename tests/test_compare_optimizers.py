@@ -399,7 +399,9 @@ def test_a_killed_comparison_loses_only_the_run_in_progress(bench):
     assert [p.name for p in (bench.results / "runs/sgd").iterdir()] == ["search-01.json"]
     # The training process that outlived it is waited for.
     assert bench.run("--only", "sgd", "--stage", "search") == 0
-    assert "waiting: another run" in bench.said.out and "1 of 3 runs were made" in bench.said.out
+    assert (
+        "waiting: another run" in bench.said.out and "1 of 3 runs have a result" in bench.said.out
+    )
     assert len(bench.calls()) == 1 + 1 + 2
     assert all(bench.result("sgd", f"search-0{n}")["status"] == "ok" for n in (1, 2, 3))
 
@@ -415,7 +417,7 @@ def test_sigterm_ends_the_training_process_too(bench):
         time.sleep(0.02)
     process.terminate()
     error = process.communicate(timeout=30)[1].decode()
-    assert process.returncode == 130 and "the same command goes on" in error
+    assert process.returncode == 130 and "the same command resumes" in error
     bench.plan["base"]["sleep"] = 0
     assert bench.run("--stage", "search") == 0 and "waiting" not in bench.said.out
 
@@ -460,7 +462,7 @@ def test_optimizer_without_a_usable_trial(bench):
     bench.plan["base"]["crash_above"] = 0
     bench.plan["optimizers"]["sgd"]["search"] = {"learning_rate": [1e-3, 2e-3]}
     assert bench.run() == 0
-    assert "sgd: no trial ended with a finite eval_loss" in bench.said.out
+    assert "sgd: no trial has a finite eval_loss" in bench.said.out
     text = (bench.results / "table.md").read_text()
     assert "- sgd: no trial ended" in text and "the last one: stub: it broke" in text
     assert bench.cells("sgd")["eval_loss"] == "–"
@@ -518,7 +520,7 @@ def test_stages_and_time_limit(bench):
     assert bench.run("--stage", "final", "--only", "fngd") == 0
     assert bench.calls()[3:] == ["fngd 1 True", "fngd 2 True"]
     assert bench.cells("sgd")["trials"] == "0" and bench.cells("fngd")["final runs"] == "2 of 2"
-    assert "--only: the plan has no 'adam', it has sgd, fngd" in bench.refused("--only", "adam")
+    assert "--only: the plan has no 'adam': choose sgd, fngd" in bench.refused("--only", "adam")
 
 
 def test_seconds_without_train_seconds_are_marked(bench):
@@ -629,23 +631,26 @@ def entry(**changes):
 
 
 BAD = {
-    "unknown name": ({"trails": 3}, "the plan has an unknown name 'trails': valid are script"),
+    "unknown name": ({"trails": 3}, "the plan has an unknown name 'trails': choose script"),
     "no optimizers": ({"optimizers": {}}, "optimizers is empty"),
-    "no such objective": ({"objective": "test_loss"}, "objective 'test_loss' is not known: choose"),
+    "no such objective": ({"objective": "test_loss"}, "unknown objective 'test_loss': choose"),
     "less than no trials": ({"trials": -1}, "trials must be a whole number of at least 0, not -1"),
     "trials no number": ({"trials": "3"}, "trials must be a whole number .*, not '3'"),
     "seeds twice": ({"final_seeds": [1, 1]}, "final_seeds must be one or more different"),
     "no seeds": ({"final_seeds": []}, "final_seeds must be one or more different"),
     "metrics": ({"final_metrics": "bleu"}, "final_metrics must be a list"),
-    "script": ({"script": "run_nothing"}, "script 'run_nothing' is not known: choose run_tr"),
+    "script": ({"script": "run_nothing"}, "unknown script 'run_nothing': choose run_tr"),
     "no such script": ({"script": "no/such.py"}, "there is no training script 'no/such.py'"),
     "reserved": ({"base": {"output_dir": "x"}}, "base sets 'output_dir', .*remove it"),
     "test set": ({"search_overrides": {"do_predict": True}}, "search_overrides sets 'do_predict'"),
-    "reference": ({"equal_time": "adam"}, "equal_time 'adam' is no label: choose sgd, fngd"),
+    "reference": ({"equal_time": "adam"}, "equal_time 'adam' is not a label: choose sgd, fngd"),
     "timed": ({"timed": "no"}, "timed must be true or false, not 'no'"),
     "time of nothing": ({"equal_time": "sgd", "timed": False}, "equal_time needs seconds"),
     "base": ({"base": []}, "base must be a JSON object"),
-    "label": ({"optimizers": {"../x": entry()["sgd"]}}, "optimizers.../x: a label is a folder"),
+    "label": (
+        {"optimizers": {"../x": entry()["sgd"]}},
+        "optimizers.../x: name the label with letters",
+    ),
     "entry": ({"optimizers": entry(trials=9)}, "optimizers.sgd has an unknown name 'trials'"),
     "no search": ({"optimizers": entry(search={})}, "optimizers.sgd.search is empty"),
     "no name": ({"optimizers": {"sgd": {"search": {}}}}, "optimizers.sgd has no 'optim': add it"),
@@ -655,7 +660,7 @@ BAD = {
     ),
     "zero": ({"optimizers": entry(search={"damping": [0, 1]})}, "damping must have 0 < low"),
     "range": ({"optimizers": entry(search={"damping": 1})}, r"damping must be \[low, high\]"),
-    "search without trials": ({"trials": 0}, "sgd.search is never used, as trials is 0: remove"),
+    "search without trials": ({"trials": 0}, "sgd.search has no effect with trials=0: remove"),
     "settings reserved": (
         {"optimizers": entry(settings={"do_eval": False})},
         "optimizers.sgd.settings sets 'do_eval', .*remove it",
