@@ -118,7 +118,19 @@ class Bench:
         return path.read_text().splitlines() if path.exists() else []
 
     def result(self, label, name):
-        return json.loads((self.results / "runs" / label / f"{name}.json").read_text())
+        from comparison.results import read_runs
+
+        runs = {(run["label"], run["run"]): run for run in read_runs(self.results)}
+        return runs[label, name]
+
+    def forget(self, label, name):
+        """Deletes a run as the message of a refusal says."""
+        file = self.results / "runs.jsonl"
+        first, *lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(
+            f'{{"label": "{label}", "run": "{name}"')]  # fmt: skip
+        assert len(kept) == len(lines) - 1
+        file.write_text(first + "".join(kept))
 
     def cells(self, label):
         lines = (self.results / "table.md").read_text().splitlines()
@@ -184,7 +196,7 @@ def test_whole_comparison(bench):
     assert settings["logging_nan_inf_filter"] is False
     assert "max_steps" not in bench.result("sgd", "final-seed1")["settings"]
     assert run["status"] == "ok" and run["environment"]["device"] == "stub CPU"
-    assert str(bench.folder / "stub.py") in run["command"]
+    assert "history" not in run
     assert "a warning" in (bench.folder / "work/fngd/search-02/stderr.txt").read_text()
     # Search runs leave no model, final runs do.
     assert not (bench.folder / "work/fngd/search-02/out").exists()
@@ -195,7 +207,10 @@ def test_whole_comparison(bench):
     assert history[-1] == {"step": 400, "eval_loss": pytest.approx(final["objective"], rel=1e-5)}
     assert set(history[0]) == {"step", "loss", "train_seconds"}
     assert (bench.results / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(bench.results.rglob(".*"))
+    # All runs are in one file.
+    assert {path.name for path in bench.results.iterdir()} == {
+        "runs.jsonl", "table.md", "search.md", "curves.png"}  # fmt: skip
+    assert len((bench.results / "runs.jsonl").read_text().splitlines()) == 1 + 6 + 4
 
 
 def test_table_repeats_the_result_files(bench):
@@ -239,8 +254,8 @@ def test_goes_on_where_it_was_stopped(bench):
     assert bench.run() == 0
     bench.folder.joinpath("calls").unlink()
     assert bench.run() == 0 and bench.calls() == []
-    (bench.results / "runs/fngd/search-02.json").unlink()
-    (bench.results / "runs/sgd/final-seed2.json").unlink()
+    bench.forget("fngd", "search-02")
+    bench.forget("sgd", "final-seed2")
     assert bench.run() == 0
     assert bench.calls() == ["fngd 0 False", "plain 2 True"]
     bench.plan["trials"], bench.plan["final_seeds"] = 3, [1, 2, 3]
@@ -260,17 +275,112 @@ def test_changed_plan_is_refused_before_anything_runs(change, message, bench):
     assert bench.run("--stage", "search") == 0
     count = len(bench.calls())
     change(bench.plan)
-    (bench.results / "runs/fngd/search-03.json").unlink()
+    bench.forget("fngd", "search-03")
     line = bench.refused()
-    assert "search-01.json was" in line and "delete" in line and "--results" in line
+    assert "search-01 in" in line and "delete its line in" in line and "--results" in line
     assert re.search(message, line), line
     assert len(bench.calls()) == count
 
 
+def test_single_files_of_a_stopped_comparison_are_read_and_folded(bench):
+    assert bench.run() == 0
+    text, table = ((bench.results / name).read_text() for name in ("runs.jsonl", "table.md"))
+    # As if the comparison had been killed after three more runs than its file holds.
+    from comparison import results
+
+    for label, name in (("sgd", "search-02"), ("fngd", "search-03"), ("fngd", "final-seed1")):
+        run = bench.result(label, name)
+        bench.forget(label, name)
+        results.write(bench.results / "runs" / label / f"{name}.json", run)
+    bench.folder.joinpath("calls").unlink()
+    assert bench.run() == 0 and bench.calls() == []
+    assert not (bench.results / "runs").exists()
+    assert (bench.results / "runs.jsonl").read_text() == text
+    assert (bench.results / "table.md").read_text() == table
+    # A single file is newer than a folded line, and is refused like one.
+    run = bench.result("sgd", "search-01")
+    path = bench.results / "runs/sgd/search-01.json"
+    results.write(path, {**run, "total_seconds": 0.125})
+    assert bench.run("--stage", "report") == 0
+    assert bench.result("sgd", "search-01")["total_seconds"] == 0.125
+    results.write(path, {**run, "settings": {**run["settings"], "learning_rate": 3}})
+    assert "search-01.json was made with learning_rate=3" in bench.refused()
+
+
+def test_a_stopped_fold_loses_nothing(bench, monkeypatch):
+    from comparison import results
+
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.run("--stage", "search")
+    assert (bench.results / "runs.jsonl").exists()
+    assert len(list(bench.results.glob("runs/*/*.json"))) == 6
+    assert len(results.read_runs(bench.results)) == 6
+    monkeypatch.undo()
+    count = len(bench.calls())
+    assert bench.run("--stage", "search") == 0 and len(bench.calls()) == count
+    assert len(results.read_runs(bench.results)) == 6 and not (bench.results / "runs").exists()
+
+
+def test_fold_keeps_what_runs_share_once(script):
+    from comparison.folding import fold, unfold
+
+    shared = {"script": "a.py", "settings": {"width": 8, "seed": 1, "flip": True}}
+    place, other = {"cores": 2}, {"cores": 4}
+    runs = [
+        {"label": "a", "run": "final-1", **shared, "environment": place, "test": {"bleu": 1.5}},
+        {"label": "a", "run": "final-2", "script": "a.py", "environment": other,
+         "settings": {"width": 8, "seed": 2, "flip": 1, "rate": None}, "objective": None},
+        {"label": "b", "run": "final-1", **shared, "environment": place},
+    ]  # fmt: skip
+    text = fold(reversed(runs))
+    first, *lines = map(json.loads, text.splitlines())
+    # 1 and true are different settings.
+    assert first == {"script": "a.py", "settings": {"width": 8}, "environments": [place, other]}
+    assert lines[1]["settings"] == {"seed": 2, "flip": 1, "rate": None}
+    assert lines[1]["environment"] == 1 and "script" not in lines[1]
+    found = unfold(text)
+    assert found == runs and found[0]["settings"]["flip"] is True
+    assert fold(found) == text
+
+
+STUDIES = sorted(path.parent.name for path in (ROOT / "scripts/bench/results").glob("*/runs.jsonl"))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_folded_studies_resume_and_repeat_their_tables(study, script, monkeypatch):
+    """Every line is a run that the plan demands, with exactly the settings it demands."""
+    from comparison.folding import fold, unfold
+    from comparison.outcome import outcomes
+    from comparison.plan import load_plan
+    from comparison.report import search_table, table
+
+    monkeypatch.chdir(ROOT)
+    folder = PLANS.parent / "bench/results" / study
+    text = (folder / "runs.jsonl").read_text(encoding="utf-8")
+    runs = unfold(text)
+    assert fold(runs) == text
+    page = (folder / "table.md").read_text(encoding="utf-8")
+    plan = load_plan(ROOT / re.search(r"scripts/plans/\S+", page)[0])
+    found = outcomes(plan, folder)  # refuses other settings
+    stages = [(o.trials, o.finals, o.timed) for o in found]
+    assert sum(map(len, (stage for three in stages for stage in three))) == len(runs) > 0
+    assert all(run["history"] for run in runs if not run["run"].startswith("search"))
+    assert table(plan, folder.relative_to(ROOT), found) == page
+    if plan.trials:
+        assert search_table(plan, found) == (folder / "search.md").read_text(encoding="utf-8")
+
+
 def test_damaged_result_is_refused(bench):
     assert bench.run("--stage", "search") == 0
-    (bench.results / "runs/sgd/search-01.json").write_text("{")
-    assert "is not the result of a run: delete" in bench.refused()
+    path = bench.results / "runs/sgd/search-01.json"
+    path.parent.mkdir(parents=True)
+    for text in ("{", "[]", '{"label": "sgd", "run": "search-02"}'):
+        path.write_text(text)
+        assert "search-01.json is not the result of a run: delete" in bench.refused()
+    path.unlink()
+    (bench.results / "runs.jsonl").write_text('{"label": "sgd"}\n')
+    assert "runs.jsonl is not a file of runs: restore it" in bench.refused()
 
 
 @pytest.mark.slow
@@ -289,7 +399,9 @@ def test_a_killed_comparison_loses_only_the_run_in_progress(bench):
     assert [p.name for p in (bench.results / "runs/sgd").iterdir()] == ["search-01.json"]
     # The training process that outlived it is waited for.
     assert bench.run("--only", "sgd", "--stage", "search") == 0
-    assert "waiting: another run" in bench.said.out and "1 of 3 runs were made" in bench.said.out
+    assert (
+        "waiting: another run" in bench.said.out and "1 of 3 runs have a result" in bench.said.out
+    )
     assert len(bench.calls()) == 1 + 1 + 2
     assert all(bench.result("sgd", f"search-0{n}")["status"] == "ok" for n in (1, 2, 3))
 
@@ -305,7 +417,7 @@ def test_sigterm_ends_the_training_process_too(bench):
         time.sleep(0.02)
     process.terminate()
     error = process.communicate(timeout=30)[1].decode()
-    assert process.returncode == 130 and "the same command goes on" in error
+    assert process.returncode == 130 and "the same command resumes" in error
     bench.plan["base"]["sleep"] = 0
     assert bench.run("--stage", "search") == 0 and "waiting" not in bench.said.out
 
@@ -350,7 +462,7 @@ def test_optimizer_without_a_usable_trial(bench):
     bench.plan["base"]["crash_above"] = 0
     bench.plan["optimizers"]["sgd"]["search"] = {"learning_rate": [1e-3, 2e-3]}
     assert bench.run() == 0
-    assert "sgd: no trial ended with a finite eval_loss" in bench.said.out
+    assert "sgd: no trial has a finite eval_loss" in bench.said.out
     text = (bench.results / "table.md").read_text()
     assert "- sgd: no trial ended" in text and "the last one: stub: it broke" in text
     assert bench.cells("sgd")["eval_loss"] == "–"
@@ -408,7 +520,7 @@ def test_stages_and_time_limit(bench):
     assert bench.run("--stage", "final", "--only", "fngd") == 0
     assert bench.calls()[3:] == ["fngd 1 True", "fngd 2 True"]
     assert bench.cells("sgd")["trials"] == "0" and bench.cells("fngd")["final runs"] == "2 of 2"
-    assert "--only: the plan has no 'adam', it has sgd, fngd" in bench.refused("--only", "adam")
+    assert "--only: the plan has no 'adam': choose sgd, fngd" in bench.refused("--only", "adam")
 
 
 def test_seconds_without_train_seconds_are_marked(bench):
@@ -443,7 +555,8 @@ def test_equal_time(bench):
     assert "final runs of sgd or fngd are missing: run --stage final" in line
     assert bench.run() == 0, bench.said.err
     assert bench.calls()[-2:] == ["fngd 1 True", "fngd 2 True"]
-    assert not list((bench.results / "runs/sgd").glob("timed*"))
+    with pytest.raises(KeyError):
+        bench.result("sgd", "timed-seed1")
     # In the stub a step takes as many seconds as the learning rate says.
     rates = {
         n: bench.result(n, "final-seed1")["settings"]["learning_rate"] for n in ("sgd", "fngd")
@@ -464,7 +577,7 @@ def test_equal_time(bench):
     )
     count = len(bench.calls())
     assert bench.run() == 0 and len(bench.calls()) == count
-    (bench.results / "runs/fngd/timed-seed2.json").unlink()
+    bench.forget("fngd", "timed-seed2")
     assert bench.run("--stage", "timed") == 0 and bench.calls()[count:] == ["fngd 2 True"]
 
 
@@ -518,23 +631,26 @@ def entry(**changes):
 
 
 BAD = {
-    "unknown name": ({"trails": 3}, "the plan has an unknown name 'trails': valid are script"),
+    "unknown name": ({"trails": 3}, "the plan has an unknown name 'trails': choose script"),
     "no optimizers": ({"optimizers": {}}, "optimizers is empty"),
-    "no such objective": ({"objective": "test_loss"}, "objective 'test_loss' is not known: choose"),
+    "no such objective": ({"objective": "test_loss"}, "unknown objective 'test_loss': choose"),
     "less than no trials": ({"trials": -1}, "trials must be a whole number of at least 0, not -1"),
     "trials no number": ({"trials": "3"}, "trials must be a whole number .*, not '3'"),
     "seeds twice": ({"final_seeds": [1, 1]}, "final_seeds must be one or more different"),
     "no seeds": ({"final_seeds": []}, "final_seeds must be one or more different"),
     "metrics": ({"final_metrics": "bleu"}, "final_metrics must be a list"),
-    "script": ({"script": "run_nothing"}, "script 'run_nothing' is not known: choose run_tr"),
+    "script": ({"script": "run_nothing"}, "unknown script 'run_nothing': choose run_tr"),
     "no such script": ({"script": "no/such.py"}, "there is no training script 'no/such.py'"),
     "reserved": ({"base": {"output_dir": "x"}}, "base sets 'output_dir', .*remove it"),
     "test set": ({"search_overrides": {"do_predict": True}}, "search_overrides sets 'do_predict'"),
-    "reference": ({"equal_time": "adam"}, "equal_time 'adam' is no label: choose sgd, fngd"),
+    "reference": ({"equal_time": "adam"}, "equal_time 'adam' is not a label: choose sgd, fngd"),
     "timed": ({"timed": "no"}, "timed must be true or false, not 'no'"),
     "time of nothing": ({"equal_time": "sgd", "timed": False}, "equal_time needs seconds"),
     "base": ({"base": []}, "base must be a JSON object"),
-    "label": ({"optimizers": {"../x": entry()["sgd"]}}, "optimizers.../x: a label is a folder"),
+    "label": (
+        {"optimizers": {"../x": entry()["sgd"]}},
+        "optimizers.../x: name the label with letters",
+    ),
     "entry": ({"optimizers": entry(trials=9)}, "optimizers.sgd has an unknown name 'trials'"),
     "no search": ({"optimizers": entry(search={})}, "optimizers.sgd.search is empty"),
     "no name": ({"optimizers": {"sgd": {"search": {}}}}, "optimizers.sgd has no 'optim': add it"),
@@ -544,7 +660,7 @@ BAD = {
     ),
     "zero": ({"optimizers": entry(search={"damping": [0, 1]})}, "damping must have 0 < low"),
     "range": ({"optimizers": entry(search={"damping": 1})}, r"damping must be \[low, high\]"),
-    "search without trials": ({"trials": 0}, "sgd.search is never used, as trials is 0: remove"),
+    "search without trials": ({"trials": 0}, "sgd.search has no effect with trials=0: remove"),
     "settings reserved": (
         {"optimizers": entry(settings={"do_eval": False})},
         "optimizers.sgd.settings sets 'do_eval', .*remove it",
@@ -602,7 +718,7 @@ def test_shipped_plans_give_all_the_same(name, script, monkeypatch):
 
 
 @pytest.mark.slow
-def test_real_training_runs(tmp_path):
+def test_real_training_runs(tmp_path, script):
     """The tiny plan, with an optimizer that does not exist beside those that do."""
     plan = json.loads((PLANS / "tiny.json").read_text())
     plan["optimizers"]["wrong"] = {"optim": "nosuch", "search": {"learning_rate": [0.1, 1]}}
@@ -621,7 +737,9 @@ def test_real_training_runs(tmp_path):
         check=False,
     )
     assert out.returncode == 0, out.stderr
-    found = {p.stem + p.parent.name: json.loads(p.read_text()) for p in tmp_path.rglob("runs/*/*")}
+    from comparison.results import read_runs
+
+    found = {run["run"] + run["label"]: run for run in read_runs(tmp_path / "results")}
     assert {name for name in found if "final" in name} == {"final-seed1adamw", "final-seed1fngd"}
     wrong = found["search-01wrong"]
     assert wrong["status"] == "failed" and "nosuch is not a valid" in wrong["reason"]

@@ -8,8 +8,7 @@ an empty cache of graphs: models share the code that is compiled, and would get 
         --batch_size 8 --length 10 --threads 1 --repeats 150 \
         --output scripts/bench/results/compiled.json
 
-The layers are small, so that what a graph costs is seen beside them. compiled_before.json comes
-from the same command at 1e63e0b, where every selected layer broke the graph.
+The layers are small, so that the cost of a graph shows beside them.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The rooms of compare_optimizers.py: plan, search, runs and report."""
+"""Parts of compare_optimizers.py: plan, search, runs, results and report."""

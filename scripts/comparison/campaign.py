@@ -1,4 +1,4 @@
-"""Works through a plan, one run after the other, and skips what was made before."""
+"""Execute the runs of a plan one after the other and skip those that have a result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Campaign:
         self.trials = search_jobs(plan)
 
     def check(self) -> None:
-        """Reads every earlier result, so that a changed plan is refused before anything runs."""
+        """Read all earlier results, so that a changed plan is refused before anything runs."""
         for label in self.labels:
             chosen = choice(self.plan, self.folder, label)
             final = final_jobs(self.plan, label, chosen["searched"]) if chosen else []
@@ -50,14 +50,14 @@ class Campaign:
                 self._read(job)
 
     def search(self) -> None:
-        """Makes the missing trials."""
+        """Execute the missing search trials."""
         self._make([self.trials[label] for label in self.labels])
 
     def final(self, strict: bool) -> None:
-        """Makes the missing final runs of the optimizers whose search is complete.
+        """Execute the missing final runs of the optimizers whose search is complete.
 
         Args:
-            strict: Refuse an incomplete search instead of leaving it for the next time.
+            strict: Refuse an incomplete search instead of skipping the optimizer.
 
         Raises:
             PlanError: If strict, and a search is incomplete.
@@ -71,20 +71,20 @@ class Campaign:
             if chosen:
                 jobs.append(final_jobs(self.plan, label, chosen["searched"]))
             elif not missing:
-                print(f"{label}: no trial ended with a finite {self.plan.objective}: no final runs")
+                print(f"{label}: no trial has a finite {self.plan.objective}, so no final runs")
         self._make(jobs)
 
     def timed(self, strict: bool) -> None:
-        """Makes the missing runs of equal time, where the plan asks for them.
+        """Execute the missing runs of equal time, if the plan has `equal_time`.
 
         Args:
-            strict: Refuse missing final runs instead of leaving it for the next time.
+            strict: Refuse missing final runs instead of skipping the optimizer.
 
         Raises:
-            PlanError: If strict, and the plan asks for none or a final run is missing.
+            PlanError: If strict, and the plan has no `equal_time` or a final run is missing.
         """
         if strict and self.plan.equal_time is None:
-            raise PlanError("the plan has no equal_time: add it, with the label of an optimizer")
+            raise PlanError("the plan has no equal_time: add it with the label of an optimizer")
         columns = []
         for label in self.labels:
             jobs = timed_jobs(self.plan, self.folder, label)
@@ -98,39 +98,39 @@ class Campaign:
         return results.read(self.folder, job, self.plan.script.name)
 
     def _make(self, columns: Sequence[Sequence[Job]]) -> None:
-        # Optimizers take turns, so that a slow hour of the machine does not hit one alone.
+        # Optimizers take turns, so that a slow hour of the machine affects all of them.
         jobs = [job for row in zip_longest(*columns) for job in row if job is not None]
         todo = [job for job in jobs if self._read(job) is None]
         if len(todo) < len(jobs):
-            print(f"{len(jobs) - len(todo)} of {len(jobs)} runs were made before", flush=True)
+            print(f"{len(jobs) - len(todo)} of {len(jobs)} runs have a result", flush=True)
         if not todo:
             return
         with _locked(self.work) as lock:
             for number, job in enumerate(todo, start=1):
                 if self.end is not None and time.monotonic() > self.end:
                     left = len(todo) - number + 1
-                    print(f"time is up, {left} runs left; the same command goes on", flush=True)
+                    print(f"time is up, {left} runs left; the same command resumes", flush=True)
                     return
-                if self._read(job) is not None:  # made by a process that was waited for
+                if self._read(job) is not None:  # another process ran it while this one waited
                     continue
                 result = execute(self.plan, job, self.work, lock)
-                results.write(results.result_path(self.folder, job), result)
+                results.write_run(self.folder, job, result)
                 print(f"[{number}/{len(todo)}] {_line(job, result)}", flush=True)
 
 
 def _line(job: Job, result: dict[str, Any]) -> str:
     values = " ".join(f"{name}={value:g}" for name, value in job.searched.items())
-    told = result["reason"] or f"{result['objective_name']} {result['objective']:.5g}"
+    outcome = result["reason"] or f"{result['objective_name']} {result['objective']:.5g}"
     seconds = result["total_seconds"]
-    return f"{job.label} {job.name} {values}: {result['status']}, {told}, {seconds:.0f} s"
+    return f"{job.label} {job.name} {values}: {result['status']}, {outcome}, {seconds:.0f} s"
 
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[int]:
-    """Waits until no other comparison, and no training process it left, uses the folder.
+    """Wait until no other comparison, nor a training process that it left behind, uses the folder.
 
-    The training process inherits the descriptor, so the lock outlives a killed comparison for just
-    as long as its last run does.
+    The training process inherits the descriptor, so the lock of a killed comparison lasts until its
+    last run ends.
 
     Yields:
         The descriptor.
@@ -140,6 +140,6 @@ def _locked(work: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting: another run is still going on in {work}", flush=True)
+            print(f"waiting: another run in {work} has not ended", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()

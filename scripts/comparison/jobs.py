@@ -1,4 +1,4 @@
-"""Which runs a plan consists of, each with the exact settings of its training script."""
+"""The runs of a plan, each with the exact settings of its training script."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from comparison.plan import Optimizer, Plan
 from comparison.search import draw
 
-# Searched names that the Trainer takes; all others are the optimizer's own.
+# Names that are settings of the Trainer; all other searched names go into optim_args.
 TRAINER_SETTINGS = ("learning_rate", "warmup_steps", "max_grad_norm", "weight_decay")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run; `settings` is what the training script gets, but for the output folder."""
+    """One run; `settings` are those of the training script except for the output folder."""
 
     label: str
     name: str
@@ -25,14 +25,7 @@ class Job:
 
 
 def search_jobs(plan: Plan) -> dict[str, list[Job]]:
-    """Gives the trials of every optimizer.
-
-    Args:
-        plan: The plan.
-
-    Returns:
-        For each label, its trials in order.
-    """
+    """Return the search trials of each label, in order."""
     # A search run must not see the test set.
     common = {**plan.search_overrides, "do_predict": False}
     return {
@@ -47,14 +40,13 @@ def search_jobs(plan: Plan) -> dict[str, list[Job]]:
 def final_jobs(
     plan: Plan, label: str, values: Mapping[str, float], steps: int | None = None
 ) -> list[Job]:
-    """Gives the final runs of one optimizer.
+    """Return the final runs of one optimizer.
 
     Args:
         plan: The plan.
         label: The optimizer.
-        values: What the search chose.
-        steps: Steps of the runs that take as long as those of another optimizer; default: the
-            plan's own length.
+        values: Values that the search chose.
+        steps: Number of steps of a run of equal time; default: the length in the plan.
 
     Returns:
         A run for each seed.
@@ -71,11 +63,11 @@ def final_jobs(
 
 
 def optim_args(optimizer: Optimizer, values: Mapping[str, float]) -> str | None:
-    """Writes an optimizer's own settings as `--optim_args` wants them.
+    """Format an optimizer's settings for `--optim_args`.
 
     Args:
-        optimizer: Its fixed settings.
-        values: Searched values; those of `TRAINER_SETTINGS` are left out.
+        optimizer: The optimizer, with its fixed settings.
+        values: Searched values; those in `TRAINER_SETTINGS` are left out.
 
     Returns:
         `name=value,name=value`, or None if there are none.
@@ -94,7 +86,7 @@ def _settings(
     plan: Plan, optimizer: Optimizer, values: Mapping[str, float], common: Mapping[str, Any]
 ) -> dict[str, Any]:
     settings = {
-        # Else the Trainer logs an average of the past in place of NaN.
+        # The Trainer would log an average of past losses instead of NaN.
         "logging_nan_inf_filter": False,
         **plan.base,
         **optimizer.settings,

@@ -1,4 +1,4 @@
-"""What is known of every optimizer so far, read from the result files."""
+"""The results of a plan so far, by optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NONE = "–"
 
 @dataclass
 class Outcome:
-    """What is known of one optimizer so far."""
+    """The results of one optimizer so far."""
 
     optimizer: Optimizer
     trials: list[dict[str, Any]]
@@ -29,23 +29,23 @@ class Outcome:
 
     @property
     def usable(self) -> list[dict[str, Any]]:
-        """The final runs that ended well."""
+        """Final runs with status ok."""
         return [run for run in self.finals if run["status"] == "ok"]
 
     @property
     def usable_timed(self) -> list[dict[str, Any]]:
-        """The runs of equal time that ended well."""
+        """Runs of equal time with status ok."""
         return [run for run in self.timed if run["status"] == "ok"]
 
     def numbers(self, name: str, runs: Sequence[Mapping[str, Any]] | None = None) -> list[float]:
-        """Gathers one number over runs.
+        """Collect one number from each run that has it.
 
         Args:
             name: Key of the result, or name of a test metric.
-            runs: Results; default: the final runs that ended well.
+            runs: Results; default: the usable final runs.
 
         Returns:
-            A number for each run that has it.
+            The numbers.
         """
         some = self.usable if runs is None else runs
         places = ((run, run["test"]) for run in some)
@@ -54,15 +54,7 @@ class Outcome:
 
 
 def outcomes(plan: Plan, folder: Path) -> list[Outcome]:
-    """Reads every result of a plan.
-
-    Args:
-        plan: The plan.
-        folder: Folder of results.
-
-    Returns:
-        One outcome for each optimizer, in the order of the plan.
-    """
+    """Return one outcome for each optimizer, in the order of the plan."""
     found = []
     for label, jobs in search_jobs(plan).items():
         chosen = choice(plan, folder, label)
@@ -74,7 +66,7 @@ def outcomes(plan: Plan, folder: Path) -> list[Outcome]:
 
 
 def choice(plan: Plan, folder: Path, label: str) -> Mapping[str, Any] | None:
-    """Finds the best trial of a complete search.
+    """Return the best trial of a complete search.
 
     Args:
         plan: The plan.
@@ -82,8 +74,8 @@ def choice(plan: Plan, folder: Path, label: str) -> Mapping[str, Any] | None:
         label: The optimizer.
 
     Returns:
-        Its result; None if trials are missing or none was usable. Where the plan has no trials,
-        the settings that it gives, and nothing searched.
+        Its result; None if trials are missing or none is usable. If the plan has no trials: the
+        settings of the plan with nothing searched.
     """
     if plan.trials == 0:
         return {"run": None, "searched": {}, "settings": final_jobs(plan, label, {})[0].settings}
@@ -93,7 +85,7 @@ def choice(plan: Plan, folder: Path, label: str) -> Mapping[str, Any] | None:
 
 
 def timed_jobs(plan: Plan, folder: Path, label: str) -> list[Job] | None:
-    """Gives the runs that take as long as the final runs of the plan's `equal_time` optimizer.
+    """Return the runs that take as long as the final runs of the plan's `equal_time` optimizer.
 
     Args:
         plan: The plan.
@@ -101,8 +93,8 @@ def timed_jobs(plan: Plan, folder: Path, label: str) -> list[Job] | None:
         label: The optimizer.
 
     Returns:
-        A run for each seed; empty if the plan asks for none of this optimizer; None while a final
-        run is missing that tells how many steps they have.
+        A run for each seed; empty if the plan has none for this optimizer; None while the final
+        runs that determine the number of steps are incomplete.
     """
     if plan.equal_time in (None, label):
         return []
@@ -124,13 +116,13 @@ def timed_jobs(plan: Plan, folder: Path, label: str) -> list[Job] | None:
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """Writes mean and sample standard deviation, the mean to four digits.
+    """Format mean and sample standard deviation, the mean to four digits.
 
     Args:
         numbers: One for each seed.
 
     Returns:
-        Text; without a deviation for a single number.
+        Text; a single number has no deviation.
     """
     if not numbers:
         return NONE

@@ -1,4 +1,4 @@
-"""What is compared: the plan file, read and checked before anything runs."""
+"""The plan file of a comparison, read and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 KNOWN_SCRIPTS = ("run_translation", "run_image_classification")
-# Whether more is better. Validation only: the test set is for the final runs.
+# Objectives on the validation set, and whether a larger value is better.
 OBJECTIVES = {"eval_loss": False, "eval_accuracy": True, "eval_bleu": True, "eval_chrf": True}
-# The comparison sets these for each run.
+# Settings that the comparison chooses for each run.
 RESERVED = ("optim", "optim_args", "output_dir", "do_train", "do_eval", "do_predict")
 REQUIRED = ("script", "base", "optimizers", "trials", "final_seeds", "objective")
 OPTIONAL = ("seed", "search_overrides", "final_metrics", "equal_time", "timed")
 
 
 class PlanError(ValueError):
-    """The plan, or what is left of an earlier one, cannot be used; the message says what to do."""
+    """A plan or an earlier result cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,18 @@ class Plan:
 
     @property
     def more_is_better(self) -> bool:
-        """Whether the objective is to be large."""
+        """Whether a larger objective is better."""
         return OBJECTIVES[self.objective]
 
 
 def shown(path: Path) -> str:
-    """Writes a path for other people: from the present folder, where it lies below that.
-
-    Args:
-        path: A file or folder.
-
-    Returns:
-        Text.
-    """
+    """Return a path as text, relative to the current folder if it lies inside."""
     whole = path.resolve()
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
 
 
 def load_plan(path: Path) -> Plan:
-    """Reads and checks a plan file.
+    """Read and check a plan file.
 
     Args:
         path: JSON file.
@@ -81,7 +74,7 @@ def load_plan(path: Path) -> Plan:
         The plan.
 
     Raises:
-        PlanError: If it cannot be used; one line that says why.
+        PlanError: If the plan cannot be used.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,7 +86,7 @@ def load_plan(path: Path) -> Plan:
     overrides = _settings("search_overrides", raw.get("search_overrides", {}))
     objective = raw["objective"]
     if objective not in OBJECTIVES:
-        raise PlanError(f"objective {objective!r} is not known: choose {', '.join(OBJECTIVES)}")
+        raise PlanError(f"unknown objective {objective!r}: choose {', '.join(OBJECTIVES)}")
     optimizers = raw["optimizers"]
     if not (isinstance(optimizers, dict) and optimizers):
         raise PlanError("optimizers is empty: give at least one label with its settings")
@@ -105,13 +98,13 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"final_metrics must be a list of names, not {metrics!r}")
     reference = raw.get("equal_time")
     if reference is not None and reference not in optimizers:
-        raise PlanError(f"equal_time {reference!r} is no label: choose {', '.join(optimizers)}")
+        raise PlanError(f"equal_time {reference!r} is not a label: choose {', '.join(optimizers)}")
     timed = raw.get("timed", True)
     if not isinstance(timed, bool):
         raise PlanError(f"timed must be true or false, not {timed!r}")
     if reference is not None and not timed:
         raise PlanError(
-            "equal_time needs seconds, and timed=false says they mean nothing: "
+            "equal_time needs seconds, and timed=false says that they are not reliable: "
             "remove one of the two"
         )
     trials = _whole("trials", raw["trials"], 0)
@@ -153,7 +146,7 @@ def _check_names(
     for name in entry:
         if name not in (*required, *optional):
             valid = ", ".join((*required, *optional))
-            raise PlanError(f"{where} has an unknown name {name!r}: valid are {valid}")
+            raise PlanError(f"{where} has an unknown name {name!r}: choose {valid}")
 
 
 def _settings(where: str, entry: Any) -> dict[str, Any]:
@@ -161,7 +154,7 @@ def _settings(where: str, entry: Any) -> dict[str, Any]:
         raise PlanError(f"{where} must be a JSON object, not {entry!r}")
     for name in entry:
         if name in RESERVED:
-            raise PlanError(f"{where} sets {name!r}, which the comparison sets: remove it")
+            raise PlanError(f"{where} sets {name!r}, which the comparison chooses: remove it")
     return entry
 
 
@@ -184,7 +177,7 @@ def _script(name: Any) -> Path:
         path = Path(name)
     else:
         known = ", ".join(KNOWN_SCRIPTS)
-        raise PlanError(f"script {name!r} is not known: choose {known}, or a path that ends in .py")
+        raise PlanError(f"unknown script {name!r}: choose {known}, or a path that ends in .py")
     if not path.is_file():
         raise PlanError(f"there is no training script {str(path)!r}: check `script`")
     return path
@@ -193,7 +186,7 @@ def _script(name: Any) -> Path:
 def _optimizer(label: str, entry: Any, searched: bool) -> Optimizer:
     where = f"optimizers.{label}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", label):
-        raise PlanError(f"{where}: a label is a folder name, of letters, digits, '_', '.', '-'")
+        raise PlanError(f"{where}: name the label with letters, digits, '_', '.' and '-' only")
     required = ("optim", "search") if searched else ("optim",)
     _check_names(where, entry, required, ("optim_args", "settings", "search"))
     fixed, search = entry.get("optim_args", {}), entry.get("search", {})
@@ -203,7 +196,7 @@ def _optimizer(label: str, entry: Any, searched: bool) -> Optimizer:
     if searched and not (isinstance(search, dict) and search):
         raise PlanError(f"{where}.search is empty: give learning_rate a range [low, high]")
     if search and not searched:
-        raise PlanError(f"{where}.search is never used, as trials is 0: remove it, or set trials")
+        raise PlanError(f"{where}.search has no effect with trials=0: remove it, or set trials")
     for name in search:
         for place, values in (("optim_args", fixed), ("settings", settings)):
             if name in values:

@@ -1,4 +1,4 @@
-"""Tables of what a comparison found, made from the result files alone."""
+"""The pages and the picture of a comparison, made from its results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hf_fngd.report.plots import plot
 
 
 def write_report(plan: Plan, folder: Path) -> list[Path]:
-    """Writes table.md, search.md if the plan has trials, and curves.png once runs have ended.
+    """Write table.md, search.md if the plan has trials, and curves.png if final runs are usable.
 
     Args:
         plan: The plan.
         folder: Folder of results.
 
     Returns:
-        The files.
+        Paths of the files.
     """
     found = outcomes(plan, folder)
     pages = {"table.md": table(plan, folder, found)}
@@ -43,12 +43,12 @@ def write_report(plan: Plan, folder: Path) -> list[Path]:
 
 
 def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
-    """Makes the page with one row for each optimizer.
+    """Return the Markdown page with a row for each optimizer.
 
     Args:
         plan: The plan.
         folder: Folder of results, for the command.
-        found: What is known.
+        found: Outcomes, in the order of the plan.
 
     Returns:
         Markdown.
@@ -121,7 +121,7 @@ def _equal_time(plan: Plan, found: Sequence[Outcome]) -> list[str]:
         return []
     rows = []
     for outcome in found:
-        # The reference has made its steps in its own time already.
+        # The final runs of the reference already take the reference time.
         reference = outcome.optimizer.label == plan.equal_time
         runs = outcome.usable if reference else outcome.usable_timed
         rows.append(
@@ -144,15 +144,7 @@ def _equal_time(plan: Plan, found: Sequence[Outcome]) -> list[str]:
 
 
 def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
-    """Makes the page with every trial.
-
-    Args:
-        plan: The plan.
-        found: What is known.
-
-    Returns:
-        Markdown.
-    """
+    """Return the Markdown page with every search trial."""
     lines = [f"Every trial, by {plan.objective} on the validation set; **bold**: chosen."]
     for outcome in found:
         rows = []
@@ -180,11 +172,7 @@ def search_table(plan: Plan, found: Sequence[Outcome]) -> str:
 
 
 def _auc(outcome: Outcome) -> list[float]:
-    """Gives how well coefficients tell misaligned pairs, where a run has spoilt some.
-
-    Returns:
-        A number for each run that says so.
-    """
+    """Return the AUC of coefficients as a filter, for each run with misaligned pairs."""
     return [run["misaligned"]["auc"] for run in outcome.usable if "misaligned" in run]
 
 
@@ -225,9 +213,9 @@ def _notes(plan: Plan, found: Sequence[Outcome]) -> list[str]:
 def _machine(found: Sequence[Outcome]) -> list[str]:
     machines: list[Mapping[str, Any]] = []
     timed = [run for outcome in found for run in [*outcome.finals, *outcome.timed]]
-    # The seconds of the tables are those of the final runs.
+    # The tables show the seconds of final runs.
     for run in timed or [run for outcome in found for run in outcome.trials]:
-        # A failed run tells less; what it tells is no other machine.
+        # A failed run reports only part of its environment.
         if run["status"] != "failed" and run["environment"] not in machines:
             machines.append(run["environment"])
     told = []

@@ -1,4 +1,4 @@
-"""Makes one run: a process of its own, its messages kept, its outcome as a result."""
+"""Execute one run in its own process and turn its outcome into a result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,26 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from comparison.jobs import Job
-from comparison.plan import Plan, shown
+from comparison.plan import Plan
 from comparison.results import thin
 from hf_fngd.report.runs import numbers
 
 
 def execute(plan: Plan, job: Job, work: Path, lock: int) -> dict[str, Any]:
-    """Runs the training script on a job and says what came of it.
+    """Run the training script of a job.
 
     Args:
         plan: The plan.
         job: The run.
         work: Folder for settings, messages and models.
-        lock: Descriptor that stays locked for as long as the process lives.
+        lock: Descriptor that the process inherits, so that it stays locked until the process ends.
 
     Returns:
-        The result: `status` is ok, diverged or failed.
+        The result; its `status` is ok, diverged or failed.
     """
     folder = work / job.label / job.name
     output = folder / "out"
-    # What a killed run left must not pass for this one's.
+    # Output of a killed run must not be taken for this one's.
     shutil.rmtree(output, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
@@ -63,12 +62,11 @@ def execute(plan: Plan, job: Job, work: Path, lock: int) -> dict[str, Any]:
         "searched": job.searched,
         "script": plan.script.name,
         "settings": job.settings,
-        "command": shlex.join(["python", shown(plan.script), shown(file)]),
         "environment": _environment(metrics),
         **numbers(metrics),
         **({"misaligned": metrics["misaligned"]} if metrics.get("misaligned") else {}),
         "total_seconds": total,
-        "history": thin(metrics.get("history", []), job.final),
+        **({"history": thin(metrics.get("history", []))} if job.final else {}),
     }
     if reason:
         result["status"] = "failed"
@@ -89,7 +87,7 @@ def _metrics(path: Path, code: int, stderr: Path) -> tuple[dict[str, Any], str |
     try:
         return json.loads(path.read_text(encoding="utf-8")), None
     except (OSError, ValueError):
-        return {}, f"the script ended well but left no readable {path}"
+        return {}, f"the script ended without an error but wrote no readable {path}"
 
 
 def _judge(result: dict[str, Any], metrics: Mapping[str, Any], plan: Plan, job: Job) -> None:

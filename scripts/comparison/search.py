@@ -1,4 +1,4 @@
-"""Which values are tried, which trial is the best, and whether its range was wide enough."""
+"""Search: values of the trials, choice of the best, and a check of the ranges."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ EDGE = 0.1
 
 
 def draw(optimizer: Optimizer, trials: int, seed: int) -> list[dict[str, float]]:
-    """Spreads trials evenly over an optimizer's ranges, on a log scale.
+    """Draw trials that cover an optimizer's ranges evenly on a log scale.
 
-    A Kronecker sequence (multiples, modulo 1, of the powers of the generalized golden ratio) from a
-    random start. More trials continue it, so the runs made before stay valid.
+    The points form a Kronecker sequence (multiples, modulo 1, of the powers of the generalized
+    golden ratio) from a random start. More trials continue it, so earlier results stay valid.
 
     Args:
         optimizer: Label and ranges.
-        trials: Number of points.
+        trials: Number of trials.
         seed: Seed of the start, which also depends on the label.
 
     Returns:
-        A value for each searched name, to four digits, for each trial.
+        For each trial a value for each searched name, to four digits.
     """
     names = sorted(optimizer.search)
     ratio = 2.0
@@ -47,14 +47,14 @@ def draw(optimizer: Optimizer, trials: int, seed: int) -> list[dict[str, float]]
 
 
 def choose(plan: Plan, trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Picks the trial with the best objective, the earlier one of two equals.
+    """Return the trial with the best objective, the earlier one if two are equal.
 
     Args:
-        plan: Says which way the objective is better.
+        plan: The plan, for the direction of the objective.
         trials: Results of one optimizer's trials, in order.
 
     Returns:
-        The best; None if no trial ended with a finite objective.
+        The best trial; None if no trial has status ok.
     """
     usable = [trial for trial in trials if trial["status"] == "ok"]
     sign = -1 if plan.more_is_better else 1
@@ -62,14 +62,14 @@ def choose(plan: Plan, trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]
 
 
 def at_edge(optimizer: Optimizer, values: Mapping[str, float]) -> list[str]:
-    """Names the chosen values that lie in the outermost tenth of their range, on a log scale.
+    """Describe the chosen values in the outermost tenth of their range (log scale).
 
     Args:
-        optimizer: Its ranges.
+        optimizer: The optimizer, with its ranges.
         values: The chosen values.
 
     Returns:
-        A sentence for each such value: the best value may lie beyond.
+        A sentence for each such value.
     """
     found = []
     for name, (low, high) in optimizer.search.items():
