@@ -513,6 +513,7 @@ def test_a_model_whose_optimizer_is_gone_trains_plainly(method: str) -> None:
         loss(net).backward()
     assert_same(gradients(model), gradients(plain))
     assert [type(one) for one in model.modules()] == [type(one) for one in plain.modules()]
+    assert len(model._forward_hooks) == len(plain._forward_hooks)
 
 
 def test_detach_removes_the_hook() -> None:

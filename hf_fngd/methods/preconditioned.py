@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         super().attach()
         if self.config.fisher_labels == "sampled" and self._hook is None:
             self._hook = self._module.register_forward_hook(FisherLabels(self), with_kwargs=True)
+            weakref.finalize(self, self._hook.remove).atexit = False
         self._tell_clamped()
 
     def _tell_clamped(self) -> None:
