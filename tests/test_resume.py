@@ -12,9 +12,8 @@ SETTINGS = [
     "share=sample",
     "share=sample,update_rule=adamw,store_dtype=float16",
     "share=layer,update_rule=muon",
-    "share=position,refresh_every=2",
-    "fisher_unit=token,share=label,num_landmarks=8",
-    "fisher_unit=token,share=none,num_landmarks=8",
+    "share=layer,refresh_every=2",
+    "share=none,momentum=0.5",
 ]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
 from hf_fngd import FNGDError, create_fngd_optimizer
-from hf_fngd.selection import Selection, select_layers
+from hf_fngd.layers.selection import Selection, select_layers
 
 
 def names(selection: Selection) -> set[str]:
@@ -169,7 +169,9 @@ def test_model_without_layers() -> None:
 
 @pytest.mark.parametrize("target", ["fc(", ["fc1", "[z-a]"]], ids=str)
 def test_broken_pattern(target: str | list[str]) -> None:
-    with pytest.raises(FNGDError, match="no regular expression"):
+    with pytest.raises(
+        FNGDError, match="is not a regular expression .*: give one, or names of layers"
+    ):
         select_layers(tiny_marian(), target)
 
 
