@@ -220,12 +220,7 @@ class PreconditionedOptimizer(LayerOptimizer):
     def end_step(self) -> None:
         super().end_step()
         self.seen = self._drawn = 0
-        self.plan_update(self.next_update)
-
-    def plan_update(self, step: int) -> None:
-        """Update the curvature next at the given optimizer step, counted from 0."""
-        self.next_update = step
-        self.batches.active = self.steps >= step
+        self.batches.active = self.steps >= self.next_update
 
     def _update(self) -> None:
         current = self.batches.current
@@ -298,7 +293,7 @@ class PreconditionedOptimizer(LayerOptimizer):
                 "computed anew in the first step",
                 self.config.title,
             )
-            self.next_update, self.last_size = self.steps, 0
+            self.next_update, self.last_size = saved["steps"], 0
         else:
             for layer, weight, tensors in zip(
                 self.layers, self.weights(), saved["curvature"], strict=True
@@ -308,7 +303,7 @@ class PreconditionedOptimizer(LayerOptimizer):
                     name: value.clone() if value.dim() == 0 else value.clone().to(weight.device)
                     for name, value in tensors.items()
                 }
-        self.plan_update(self.next_update)
+        self.batches.active = saved["steps"] >= self.next_update
 
 
 def kl_scale(
