@@ -107,7 +107,7 @@ def test_two_processes_resume_what_one_began(tmp_path):
 
 
 def in_one(folder, *options):
-    """One process, with as large a batch as two have, so that their epochs are equally long."""
+    """Run one process with as large a batch as two have, so that epochs are equally long."""
     batch = ["--per_device_train_batch_size", "8"]
     return run(SCRIPT, "--output_dir", str(folder), "--optim", "fngd", *SETTINGS, *batch, *options)
 

@@ -1,4 +1,4 @@
-"""What a Trainer's user switches on: fp16 scaling, searches, several optimizers, FSDP2, 4 ranks."""
+"""FNGD together with fp16 scaling, searches, several optimizers, averaged weights and 4 ranks."""
 
 import copy
 import json
@@ -68,8 +68,8 @@ def test_overflow_of_fp16_skips_the_step_and_spares_the_store():
     assert optimizer.statistics()["nonfinite"] == 2  # both layers, in one batch
     table = optimizer.coefficients()
     assert table[:4].isfinite().all() and table[8:].isfinite().all()
-    assert table[4:8].isnan().all()  # nothing is known of the batch that overflowed
-    # Its rows are made up for when they come again.
+    assert table[4:8].isnan().all()  # nothing is kept of the batch that overflowed
+    # Its rows get coefficients when they come again.
     for batch in batches(2):
         step(model, optimizer, scaler, *batch)
     assert optimizer.coefficients().isfinite().all()

@@ -23,7 +23,7 @@ CASES = {
 
 
 class Checked(FNGDSeq2SeqTrainer):
-    """Compares every row of a batch with that of its number."""
+    """Compare every row of a batch with that of its number."""
 
     def training_step(self, model, inputs, *args):
         if INDEX_COLUMN in inputs:
@@ -36,7 +36,7 @@ TRAINERS = {"ours": Checked, "stock": Seq2SeqTrainer}
 
 
 def pad_to_eight(features):
-    """One process can put batches of several together only if they have one length."""
+    """Pad to one length, without which one process could not join the batches of several."""
     fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
     return {
         key: torch.tensor([f[key] + [value] * (8 - len(f[key])) for f in features])

@@ -27,7 +27,7 @@ def llama():
 
 
 def first_gradients(cls, folder, model, accumulation, *, rows=32, **changes):
-    """The gradient of the first update over the same 32 rows, however they are split."""
+    """Return the gradient of the first update over the same 32 rows, however they are split."""
     found = {}
 
     class Spy(cls):

@@ -1,4 +1,4 @@
-"""Packed rows: several samples in one row weigh as if each had a row of its own."""
+"""Packed rows: several samples in one row weigh as if each were alone in a row."""
 
 import copy
 import re

@@ -44,9 +44,11 @@ def test_training_arguments_are_reloaded(name, tmp_path):
 def test_registering_again_changes_nothing():
     before = len(OptimizerNames), list(trainer_module.DEFAULT_CALLBACKS)
     dispatch = trainer_module.Trainer.get_optimizer_cls_and_kwargs
+    check = TrainingArguments.__post_init__
     register()
     assert (len(OptimizerNames), trainer_module.DEFAULT_CALLBACKS) == before
     assert trainer_module.Trainer.get_optimizer_cls_and_kwargs is dispatch
+    assert TrainingArguments.__post_init__ is check
     assert trainer_module.DEFAULT_CALLBACKS.count(FNGDCallback) == 1
 
 
@@ -108,6 +110,16 @@ def test_bad_settings_are_named(text, message, tmp_path):
     else:
         with pytest.raises(FNGDError, match=message):
             create()
+
+
+def test_bad_settings_are_refused_when_arguments_are_parsed(tmp_path):
+    parser = HfArgumentParser(TrainingArguments)
+    words = ["--output_dir", str(tmp_path), "--optim_args", "dampng=0.1", "--optim"]
+    with pytest.raises(FNGDError, match=r"optim_args: 'dampng' .*: did you mean 'damping'\?"):
+        parser.parse_args_into_dataclasses([*words, "fngd"])
+    # Other optimizers have settings that are not ours to judge.
+    (args,) = parser.parse_args_into_dataclasses([*words, "adamw_torch"])
+    assert args.optim_args == "dampng=0.1"
 
 
 PIECES = st.one_of(

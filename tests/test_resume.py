@@ -18,7 +18,7 @@ SETTINGS = [
 
 
 class StopAfter(TrainerCallback):
-    """Ends a run with a checkpoint after some steps; the uninterrupted run writes none."""
+    """End a run with a checkpoint after some steps; the uninterrupted run writes none."""
 
     def __init__(self, step):
         self.step = step

@@ -90,7 +90,7 @@ def test_exit_code_and_traceback_of_a_failing_script(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_outside_the_process_changes(tmp_path):
-    """No file of an installed package, of the home or of the working folder; no other process."""
+    """Files of packages, home and working folder stay, and another process knows no names."""
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir(), work.mkdir()
     script = tmp_path / "asks.py"

@@ -1,4 +1,4 @@
-"""FNGD runs in `FNGDTrainer`, in a stock Trainer by name, and with single-sample tracking."""
+"""FNGD runs in `FNGDTrainer` and, by name, in a stock Trainer; both find every sample again."""
 
 import pytest
 import torch

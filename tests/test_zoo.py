@@ -17,7 +17,7 @@ from hf_fngd import FNGDTrainer, create_fngd_optimizer
 
 
 def share(model: nn.Module, rows: dict[str, Tensor], part: slice) -> Tensor:
-    """What some samples contribute to the mean loss of all."""
+    """Return the part of some samples in the mean loss of all."""
     labels = rows["labels"]
     some = {name: value[part] for name, value in rows.items()}
     if labels.dim() > 1 and not model.config.is_encoder_decoder:
