@@ -11,6 +11,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from hf_fngd.methods.base import PreconditionerConfig
+from hf_fngd.settings import OptimizerConfig
 from readme_costs import (
     RESULTS,
     checkpointing,
@@ -28,8 +30,6 @@ from readme_costs import (
 from readme_reports import REPORTS, reports, summary
 
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
-from hf_fngd.methods.base import PreconditionerConfig
-from hf_fngd.settings import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "scripts/bench/README.md", "scripts/plans/README.md")

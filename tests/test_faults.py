@@ -73,7 +73,7 @@ def test_unfinished_checkpoint_is_passed_over(damage, folder, finished, caplog):
         resume(folder, str(folder / "checkpoint-12"))
     with caplog.at_level(logging.WARNING):
         assert same(resume(folder, True), finished[1])
-    assert "checkpoint-12 was not written to its end and is passed over" in caplog.text
+    assert "checkpoint-12 was not written to its end; skipping it" in caplog.text
 
 
 def test_nothing_to_resume_from(tmp_path):

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 import step_time
 import torch
+from hf_fngd.calls import gather_calls
+from hf_fngd.image_layers import Conv2dAdapter
+from hf_fngd.layer_solver import Draws
 from step_time import interleave, summarise
 from torch import nn
 from transformers import HfArgumentParser
 from workload import write_results
 
-from hf_fngd.calls import gather_calls
 from hf_fngd.solve.gram import sample_gram
-from hf_fngd.image_layers import Conv2dAdapter
-from hf_fngd.layer_solver import Draws
 
 # Input channels, output features.
 ESTIMATES = ((None, 64), (16, 64), (8, 32))

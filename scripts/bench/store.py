@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hf_fngd.sample_store import SampleStore
 from step_time import Options, interleave
 from tabulate import tabulate
 from transformers import HfArgumentParser
 from workload import Workload, make_step, write_results
-
-from hf_fngd.sample_store import SampleStore
 
 MIB = 2**20
 VARIANT = "fngd_adamw later epochs"

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hf_fngd.update_rules import apply_rule
 from step_time import Options, report
 from torch import Tensor
 from transformers import HfArgumentParser
-
-from hf_fngd.update_rules import apply_rule
 
 
 @dataclass
