@@ -1,9 +1,7 @@
-"""The front page and those of the studies."""
+"""The pages that readers see, by path."""
 
-from pathlib import Path
+from tests.script_utils import script
+from tests.test_runner import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = {
-    name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "scripts/bench/README.md", "scripts/plans/README.md")
-}
+with script(ROOT / "scripts" / "tables.py") as tables:
+    PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in tables.PAGES}

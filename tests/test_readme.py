@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.testing.compare import compare_images
 
 from tests.card_rules import faults_of
 from tests.pages import PAGES, ROOT
 from tests.script_utils import script
 
+# Pages that are written on another branch; to be removed with it.
+NOT_YET = {ROOT / "scripts" / "README.md"}
 # Page, and what a link of it says: a path from the page's folder, an anchor, or both.
 LINKS = sorted(
     {(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^):]+)\)", text)}
@@ -18,15 +21,30 @@ LINKS = sorted(
 
 
 def test_tables_are_those_of_the_code_and_the_result_files():
-    with script(ROOT / "scripts" / "readme_tables.py") as tables:
-        assert tables.PAGES == tuple(PAGES)
-        for text in PAGES.values():
-            assert tables.fill(text) == text, "run python scripts/readme_tables.py"
+    with script(ROOT / "scripts" / "tables.py") as tables:
+        for page, text in PAGES.items():
+            assert tables.fill(text) == text, f"{page}: run python scripts/tables.py"
+        marks = set(re.findall(r"<!-- end of (\w+) -->", "".join(PAGES.values())))
+        assert tables.TABLES.keys() <= marks, "a table that no page shows"
+
+
+def test_front_picture_is_that_of_the_committed_runs(tmp_path):
+    with script(ROOT / "scripts" / "front_picture.py") as program:
+        program.draw(tmp_path / "front.png")
+        difference = compare_images(program.PATH, tmp_path / "front.png", tol=10)
+    assert difference is None, "run python scripts/front_picture.py"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_short(page):
+    assert len(PAGES[page].splitlines()) <= (220 if page == "README.md" else 250)
 
 
 def test_table_of_what_works_names_tests_that_exist():
     rows = re.findall(
-        r"^\| (.+) \| (works|slower|refused).* \| `(\w+)::(\w+)` \|$", PAGES["README.md"], re.M
+        r"^\| (.+) \| (works|slower|refused).* \| `([\w/]+)::(\w+)` \|$",
+        PAGES["tests/README.md"],
+        re.M,
     )
     assert len(rows) > 30 and len({feature for feature, *_ in rows}) == len(rows)
     for _, _, file, test in rows:
@@ -38,7 +56,7 @@ def test_table_of_what_works_names_tests_that_exist():
 def test_links_lead_to_files_and_headings(page, link):
     path, _, anchor = link.partition("#")
     target = (ROOT / page).parent / path if path else ROOT / page
-    assert target.exists()
+    assert target.exists() or target in NOT_YET
     if anchor:
         headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
         known = {re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-") for one in headings}

@@ -1,4 +1,4 @@
-"""Examples of README.md run and do what they say."""
+"""Examples of the pages run and do what they say."""
 
 import re
 
@@ -15,9 +15,13 @@ from tests.pages import PAGES
 
 
 def of_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
-    return {"model": tiny_marian(), "args": args, "train_dataset": token_pairs(30)} | {
-        "collator": pad_collator
+    return {
+        "model": tiny_marian(),
+        "args": args,
+        "train_dataset": token_pairs(30),
+        "collator": pad_collator,
     }
 
 
@@ -56,11 +60,7 @@ def of_peft(tmp_path, monkeypatch):
     return {**known, "model": model, "args": args, "train_dataset": texts, "collator": collator}
 
 
-def of_another_method(tmp_path, monkeypatch):
-    create = hf_fngd.create_preconditioned_optimizer
-    return {"create_preconditioned_optimizer": create, "model": torch.nn.Linear(2, 2)}
-
-
+@torch.no_grad()
 def error(scope):
     inputs, targets = scope.get("all") or (scope["inputs"], scope["targets"])
     return (scope["model"](inputs) - targets).square().mean() / targets.square().mean()
@@ -71,8 +71,15 @@ def reused(scope):
     return {entry["fngd/reuse_rate"] for entry in history if "fngd/reuse_rate" in entry}
 
 
-# A line of every python block of the page, what it is run with, and what holds afterwards.
+# A line of every python block of the pages, what it is run with, and what holds afterwards.
 EXAMPLES = {
+    'optim="muon"': (
+        of_the_trainer,
+        lambda scope: (
+            scope["trainer"].state.log_history[-1]["step"] > 0
+            and unwrap_optimizer(scope["trainer"].optimizer).series == "muon"
+        ),
+    ),
     "trainer = FNGDSeq2SeqTrainer(": (of_the_trainer, lambda scope: reused(scope) == {1.0}),
     "for rows in torch.randperm(64)": (of_the_plain_loop, lambda scope: error(scope) < 0.8),
     "accelerator.backward(": (
@@ -88,9 +95,8 @@ EXAMPLES = {
             )
         ),
     ),
-    'method="kfac"': (of_another_method, lambda scope: scope["optimizer"].method == "kfac"),
 }
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", "".join(PAGES.values()), re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft's own
