@@ -216,8 +216,9 @@ def run_script(path, words, monkeypatch):
 def run_module(words, folder, monkeypatch):
     """`python -m hf_fngd`, with a script of transformers' kind where `...` stands for its rest."""
     if words[-1] == "...":
+        (folder / words[0]).unlink(missing_ok=True)
         (folder / words[0]).symlink_to(ROOT / "tests/stock_script.py")
-        (folder / "stock").mkdir()
+        (folder / "stock").mkdir(exist_ok=True)
         rest = ["--output_dir", "stock", "--use_cpu", "--report_to", "none", "--max_steps", "2"]
         words = [*words[:-1], *rest]
     return call(["hf_fngd", *words], runner.main, monkeypatch)
