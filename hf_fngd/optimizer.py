@@ -292,7 +292,12 @@ class LayerOptimizer(torch.optim.Optimizer):
         return {}
 
     def load_method_state(self, saved: dict[str, Any]) -> None:
-        """Restore what `method_state` returned; settings and layers have been checked."""
+        """Restore what `method_state` returned; settings and layers have been checked.
+
+        Args:
+            saved: The method's part of a checkpoint, with `steps`, which the optimizer takes over
+                when all has been loaded.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, with that of the method under its name.

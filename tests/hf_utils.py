@@ -19,7 +19,7 @@ EOS, PAD, VOCAB = 0, 59, 60
 
 
 def tiny_marian(**changes: Any) -> MarianMTModel:
-    """A random Marian of one layer a side, the same at every call."""
+    """Return a random Marian of one layer a side, the same at every call."""
     set_seed(0)
     settings: dict[str, Any] = dict(
         vocab_size=VOCAB,
@@ -40,7 +40,7 @@ def tiny_marian(**changes: Any) -> MarianMTModel:
 
 
 def token_pairs(rows: int, seed: int = 0) -> datasets.Dataset:
-    """Sequences of 3 to 8 tokens and their reversal."""
+    """Return sequences of 3 to 8 tokens and their reversal."""
     generator = torch.Generator().manual_seed(seed)
     sources = [
         torch.randint(1, 58, (int(n),), generator=generator).tolist()
@@ -56,7 +56,7 @@ def token_pairs(rows: int, seed: int = 0) -> datasets.Dataset:
 
 
 def pad_collator(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pads to the longest of the batch."""
+    """Pad to the longest of the batch."""
     fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
     return {
         key: torch.nn.utils.rnn.pad_sequence(
@@ -67,7 +67,7 @@ def pad_collator(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def arguments(folder: Path | str, **changes: Any) -> Seq2SeqTrainingArguments:
-    """Short, silent, on the CPU."""
+    """Return arguments of a short, silent run on the CPU."""
     settings: dict[str, Any] = dict(
         output_dir=str(folder),
         optim="fngd",
@@ -92,16 +92,16 @@ def make_trainer(
     rows: int = 30,
     **kwargs: Any,
 ) -> Any:
-    """A Trainer of the given class over the tiny model and data."""
+    """Return a Trainer of the given class over the tiny model and data."""
     options: dict[str, Any] = {"train_dataset": token_pairs(rows), "data_collator": pad_collator}
     return cls(model=model or tiny_marian(), args=args, **options | kwargs)
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all parameters."""
+    """Return a copy of all parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of weights agree in every bit."""
+    """Return whether two sets of weights agree in every bit."""
     return all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,4 @@
-"""Trains in child processes that are killed at random moments; run by test_faults.py.
+"""Train in child processes that are killed at random moments; run by test_faults.py.
 
 Starting Python anew for each would take minutes, so the children are forks.
 """
@@ -21,7 +21,7 @@ from tests.hf_utils import arguments, make_trainer  # noqa: E402
 
 
 def die_while_saving(number):
-    """Makes the process kill itself when half of its n-th file of torch.save is written."""
+    """Make the process kill itself when half of its n-th file of torch.save is written."""
     save, calls = torch.save, iter(range(number))
 
     def half(content, path, **options):
@@ -55,6 +55,14 @@ def fork(folder, resume, dies_at=None):
         os._exit(code)
 
 
+def is_whole(checkpoint):
+    """Tell whether the file that the Trainer writes last was written to its end."""
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
 def main(folder, kills, seed):
     torch.set_num_threads(1)
     draw = random.Random(seed)
@@ -74,9 +82,7 @@ def main(folder, kills, seed):
             time.sleep(draw.uniform(0.05, 0.95) * seconds)
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        left = {
-            path.name: (path / "trainer_state.json").exists() for path in run.glob("checkpoint-*")
-        }
+        left = {path.name: is_whole(path) for path in run.glob("checkpoint-*")}
         any_complete = any(left.values())
         code = os.waitpid(fork(run, any_complete or None), 0)[1]
         found = torch.load(run / "final.pt", weights_only=True) if code == 0 else {}

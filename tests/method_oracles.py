@@ -15,10 +15,12 @@ DAMPING = 0.3
 
 
 def make(model: nn.Module, method: str, lr: float = 0.0, **settings: Any) -> Any:
-    """An optimizer that leaves its directions in `.grad`, in their full length."""
-    defaults = {"damping": DAMPING, "damping_mode": "absolute", "momentum": 0.0}
+    """Make an optimizer that leaves its directions in `.grad`, in their full length."""
+    defaults: dict[str, Any] = {"momentum": 0.0}
+    if method != "plain":
+        defaults |= {"damping": DAMPING, "damping_mode": "absolute"}
     if method in ("tengrad", "seng", "kfac", "eva"):
-        defaults |= {"step_control": "none", "fisher_labels": "empirical"}
+        defaults |= {"kl_clip": None, "fisher_labels": "empirical"}
     if method == "fngd":
         defaults["share"] = "none"
     if method == "seng":
@@ -29,14 +31,14 @@ def make(model: nn.Module, method: str, lr: float = 0.0, **settings: Any) -> Any
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
-    """One step; the directions are in `.grad` afterwards."""
+    """Take one step; the directions are in `.grad` afterwards."""
     optimizer.zero_grad()
     loss().backward()
     optimizer.step()
 
 
 def record(layer: nn.Module) -> list[list[Tensor]]:
-    """Collects input and output gradient of every call of a plain layer."""
+    """Collect input and output gradient of every call of a plain layer."""
     calls: list[list[Tensor]] = []
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -49,7 +51,7 @@ def record(layer: nn.Module) -> list[list[Tensor]]:
 
 
 def rows(layer: nn.Module, x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each channel group, inputs `[N, T, d_in]` (a last 1 for the bias) and gradients."""
+    """Return inputs `[N, T, d_in]` (a last 1 for the bias) and gradients of each channel group."""
     if isinstance(layer, nn.Conv2d):
         pairs = _patches(layer, x, g)
     else:
@@ -84,7 +86,7 @@ def _patches(layer: nn.Conv2d, x: Tensor, g: Tensor) -> list[tuple[Tensor, Tenso
 
 
 def blocks(layer: nn.Module, read: Callable[[Tensor], Tensor] = lambda p: p.grad) -> list[Tensor]:
-    """For each channel group, the gradient `[d_out, d_in]` with the bias as last column."""
+    """Return the gradient `[d_out, d_in]` of each channel group, with the bias as last column."""
     weight = read(layer.weight)
     if isinstance(layer, Conv1D):
         weight = weight.t()
@@ -96,9 +98,9 @@ def blocks(layer: nn.Module, read: Callable[[Tensor], Tensor] = lambda p: p.grad
 
 
 def factors(
-    pairs: list[tuple[Tensor, Tensor]], kappa: float, approx: str, padded: bool, terms: float = 1.0
+    pairs: list[tuple[Tensor, Tensor]], kappa: float, approx: str, padded: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """KFAC's A and G of each group, by loops over samples and positions."""
+    """Compute KFAC's A and G of each group, by loops over samples and positions."""
     found = []
     for a, g in pairs:
         n, t, _ = a.shape
@@ -118,25 +120,25 @@ def factors(
             ]
             gradients = [g[i].sum(0) for i in range(n)]
         first = sum(torch.outer(x, x) for x in inputs) / len(inputs)
-        second = sum(torch.outer(y, y) for y in gradients) * terms / n
+        second = sum(torch.outer(y, y) for y in gradients) / n
         found.append((first, second))
     return found
 
 
 def kfac_unit(pairs: list[tuple[Tensor, Tensor]], n: float) -> float:
-    """Unit of relative damping: tr(A)tr(G)/N over all groups."""
+    """Return the unit of relative damping: tr(A)tr(G)/N over all groups."""
     return float(sum(a.trace() * g.trace() for a, g in pairs)) / n
 
 
 def solve_dense(curvature: Tensor, damping: float, m: Tensor) -> Tensor:
-    """λ·curvature⁻¹ vec(M), where the curvature holds its damping already."""
+    """Return λ·curvature⁻¹ vec(M), where the curvature holds its damping already."""
     return (damping * torch.linalg.solve(curvature, m.reshape(-1))).view_as(m)
 
 
 def kfac_direction(
     a: Tensor, g: Tensor, damping: float, m: Tensor, solver: str = "eigen"
 ) -> Tensor:
-    """V of one group by a dense solve."""
+    """Compute V of one group by a dense solve."""
     eye_a, eye_g = torch.eye(len(a), dtype=a.dtype), torch.eye(len(g), dtype=g.dtype)
     if solver == "eigen":
         shifted = torch.kron(g, a) + damping * torch.kron(eye_g, eye_a)

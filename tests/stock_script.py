@@ -24,9 +24,9 @@ def main():
     trainer.save_state()
     rank = args.process_index
     torch.save(trainer.model.state_dict(), f"{args.output_dir}/weights{rank}.pt")
-    coefficients = getattr(trainer.optimizer.optimizer, "coefficients", None)
-    if coefficients is not None:
-        torch.save(coefficients.store.state_dict(), f"{args.output_dir}/store{rank}.pt")
+    store = getattr(trainer.optimizer.optimizer, "store", None)
+    if store is not None:
+        torch.save(store.state_dict(), f"{args.output_dir}/store{rank}.pt")
     Path(args.output_dir, f"done{rank}.json").write_text(json.dumps(sys.argv))
 
 

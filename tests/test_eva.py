@@ -15,7 +15,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def vectors(layer: nn.Module, calls: list[list[Tensor]], kappa: float) -> list[list[Tensor]]:
-    """For each channel group ā and ḡ, by loops; the calls are of one forward."""
+    """Compute ā and ḡ of each channel group, by loops; the calls are of one forward."""
     found = []
     for group in zip(*(rows(layer, x, g) for x, g in calls), strict=True):
         means, total = [], 0
@@ -35,7 +35,7 @@ def vectors(layer: nn.Module, calls: list[list[Tensor]], kappa: float) -> list[l
 
 
 def check(layer: nn.Module, found: list, means: list[Tensor], relative: bool = False) -> None:
-    """Holds the directions in `.grad` against a dense solve with the given vectors."""
+    """Hold the directions in `.grad` against a dense solve with the given vectors."""
     damping = DAMPING
     if relative:
         damping *= sum(float(a @ a) * float(g @ g) for a, g in found)
@@ -131,7 +131,7 @@ def test_micro_batches_are_averaged(relative: bool) -> None:
     plain = copy.deepcopy(model)
     calls = record(plain.layer)
     optimizer = make(model, "eva", damping_mode="relative" if relative else "absolute")
-    optimizer.tracker.accumulation = 2
+    optimizer.set_loss_scale(2)
     for _ in range(2):
         x = torch.randn(N, 6, 3, dtype=torch.float64)
         for net in (model, plain):

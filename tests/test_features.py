@@ -1,4 +1,4 @@
-"""What a Trainer's user switches on: fp16 scaling, searches, several optimizers, FSDP2, 4 ranks."""
+"""FNGD together with fp16 scaling, searches, several optimizers, averaged weights and 4 ranks."""
 
 import copy
 import json
@@ -56,7 +56,8 @@ def test_loss_scale_of_fp16_changes_nothing():
 @pytest.mark.feature("fp16 with a GradScaler", "works", "plain loop, on a CPU")
 def test_overflow_of_fp16_skips_the_step_and_spares_the_store():
     model = network()
-    optimizer = create_fngd_optimizer(model, lr=0.1, num_samples=ROWS)
+    optimizer = create_fngd_optimizer(model, lr=0.1)
+    optimizer.bind_dataset(ROWS)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     for number, batch in enumerate(batches(1)):
         before = weights(model)
@@ -65,13 +66,13 @@ def test_overflow_of_fp16_skips_the_step_and_spares_the_store():
         assert changed == (number != 1)
     assert scaler.get_scale() == 2.0**11
     assert optimizer.statistics()["nonfinite"] == 2  # both layers, in one batch
-    table = optimizer.coefficients.store.values()
+    table = optimizer.coefficients()
     assert table[:4].isfinite().all() and table[8:].isfinite().all()
-    assert table[4:8].isnan().all()  # nothing is known of the batch that overflowed
-    # Its rows are made up for when they come again.
+    assert table[4:8].isnan().all()  # nothing is kept of the batch that overflowed
+    # Its rows get coefficients when they come again.
     for batch in batches(2):
         step(model, optimizer, scaler, *batch)
-    assert optimizer.coefficients.store.values().isfinite().all()
+    assert optimizer.coefficients().isfinite().all()
 
 
 @pytest.mark.feature("Hyper-parameter search (`model_init`)", "works")

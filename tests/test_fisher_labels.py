@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -36,7 +37,7 @@ def sampled(model: nn.Module, method: str = "tengrad", **settings: Any) -> Any:
 
 
 def curvature(optimizer: Any) -> dict[str, Tensor]:
-    """Everything that the optimizer knows of the curvature."""
+    """Return everything that the optimizer knows of the curvature."""
     return {
         f"{number}.{name}": value
         for number, layer in enumerate(optimizer.layers)
@@ -74,7 +75,7 @@ def test_extreme_noise_does_not_choose_the_impossible(
 
 
 def exact_fisher(x: Tensor, logits: Tensor) -> Tensor:
-    """Fisher of a softmax regression whose loss is a mean over positions, by the formula."""
+    """Compute the Fisher of a softmax regression by the formula; the loss averages positions."""
     n, t = len(x), x[0].numel() // x.shape[-1]
     total = 0
     for a, z in zip(x.reshape(n * t, -1), logits.reshape(n * t, -1), strict=True):
@@ -132,7 +133,7 @@ def test_scale_does_not_depend_on_loss_or_accumulation() -> None:
         torch.manual_seed(0)
         model = nn.Linear(2, 3).double()
         optimizer = sampled(model)
-        optimizer.tracker.accumulation = accumulation
+        optimizer.set_loss_scale(accumulation)
         (model(x).square().mean() * scale).backward()
         optimizer.step()
         found.append(curvature(optimizer))
@@ -205,8 +206,9 @@ def test_padding_has_no_part_in_a_translation_model() -> None:
     inputs, labels = translation()
     model = tiny_marian().double().eval()
     calls = record(model.model.decoder.layers[0].fc2)
-    sampled(model, "kfac")
+    optimizer = sampled(model, "kfac")
     model(**inputs, labels=labels)
+    assert optimizer.seen == 3
     ((_, g),) = calls
     assert torch.equal(g.abs().sum(2) > 0, labels != -100)
 
@@ -265,9 +267,10 @@ def test_training_gradients_are_those_of_plain_training(method: str) -> None:
 
 def test_the_global_generator_has_no_say() -> None:
     model, loss = language_model()
-    sampled(model)
+    optimizer = sampled(model)
     before = torch.get_rng_state()
     loss(model)
+    assert optimizer.seen == 3
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -337,6 +340,13 @@ class Config:
     problem_type = "regression"
 
 
+def assert_refused(model: nn.Module, message: str, *args: Tensor, **inputs: Tensor) -> None:
+    optimizer = sampled(model)
+    with pytest.raises(FNGDError, match=message):
+        model(*args, **inputs)
+    assert optimizer.seen == 0
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -350,28 +360,22 @@ class Config:
     ids=["dict", "tuple", "scalar", "one number", "one column", "image"],
 )
 def test_output_without_class_logits_is_refused(answer: Callable) -> None:
-    model = Answer(answer)
-    sampled(model)
-    with pytest.raises(FNGDError, match="logits of one class.*fisher_labels=empirical"):
-        model(torch.randn(5, 3))
+    message = "logits of one class.*fisher_labels=empirical"
+    assert_refused(Answer(answer), message, torch.randn(5, 3))
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_other_problems_are_refused(kind: str) -> None:
     config = Config()
     config.problem_type = kind
-    model = Answer(lambda z: z, config)
-    sampled(model)
-    with pytest.raises(FNGDError, match=kind):
-        model(torch.randn(5, 3))
+    assert_refused(Answer(lambda z: z, config), kind, torch.randn(5, 3))
 
 
 def test_regression_model_of_transformers_is_refused() -> None:
     model = tiny_vit()
     model.config.problem_type, model.num_labels = "regression", 3
-    sampled(model)
-    with pytest.raises(FNGDError, match="problem_type=regression"):
-        model(pixel_values=torch.randn(2, 3, 8, 8), labels=torch.randn(2, 3))
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.randn(2, 3)}
+    assert_refused(model, "problem_type=regression", **inputs)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -483,17 +487,33 @@ def test_copies_have_no_link(duplicate: Callable) -> None:
     optimizer = sampled(model)
     twin = duplicate(model)
     loss(twin).backward()
-    assert optimizer.tracker.seen == 0
+    assert optimizer.seen == 0
     assert all(layer._pending is None for layer in optimizer.layers)
     # The copy can have an optimizer of its own, and then draws for that one only.
     other = sampled(twin)
     other.zero_grad()
     loss(twin).backward()
     other.step()
-    assert optimizer.tracker.seen == 0 and all(layer.state for layer in other.layers)
+    assert optimizer.seen == 0 and all(layer.state for layer in other.layers)
     loss(model).backward()
     optimizer.step()
     assert_same(curvature(optimizer), curvature(other))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_whose_optimizer_is_gone_trains_plainly(method: str) -> None:
+    model, loss = language_model()
+    plain = copy.deepcopy(model)
+    optimizer = sampled(model, method)
+    loss(model)
+    assert optimizer.seen > 0
+    del optimizer
+    gc.collect()
+    for net in (model, plain):
+        loss(net).backward()
+    assert_same(gradients(model), gradients(plain))
+    assert [type(one) for one in model.modules()] == [type(one) for one in plain.modules()]
+    assert len(model._forward_hooks) == len(plain._forward_hooks)
 
 
 def test_detach_removes_the_hook() -> None:
@@ -506,7 +526,7 @@ def test_detach_removes_the_hook() -> None:
     optimizer.detach()
     assert len(model._forward_hooks) == before
     loss(model).backward()
-    assert optimizer.tracker.seen == 0
+    assert optimizer.seen == 0
     optimizer.attach()
     loss(model).backward()
-    assert optimizer.tracker.seen > 0
+    assert optimizer.seen > 0

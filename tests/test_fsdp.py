@@ -33,8 +33,10 @@ def build():
 
 
 def make(name, model):
-    settings = {"lr": 0.05, "weight_decay": 0.1, "num_samples": ROWS, **VARIANTS[name]}
-    return create_fngd_optimizer(model, damping=0.1, **settings)
+    settings = {"lr": 0.05, "weight_decay": 0.1, **VARIANTS[name]}
+    optimizer = create_fngd_optimizer(model, damping=0.1, **settings)
+    optimizer.bind_dataset(ROWS)
+    return optimizer
 
 
 def batches():

@@ -23,7 +23,7 @@ CASES = {
 
 
 class Checked(FNGDSeq2SeqTrainer):
-    """Compares every row of a batch with that of its number."""
+    """Compare every row of a batch with that of its number."""
 
     def training_step(self, model, inputs, *args):
         if INDEX_COLUMN in inputs:
@@ -36,7 +36,7 @@ TRAINERS = {"ours": Checked, "stock": Seq2SeqTrainer}
 
 
 def pad_to_eight(features):
-    """One process can put batches of several together only if they have one length."""
+    """Pad to one length, without which one process could not join the batches of several."""
     fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
     return {
         key: torch.tensor([f[key] + [value] * (8 - len(f[key])) for f in features])
@@ -67,14 +67,11 @@ def main(folder):
             except Exception as error:  # told by the test of this case
                 found[f"{case} {kind}"] = f"{type(error).__name__}: {error}"
                 continue
-            history, store = (
-                trainer.state.log_history,
-                trainer.optimizer.optimizer.coefficients.store,
-            )
+            history, optimizer = trainer.state.log_history, trainer.optimizer.optimizer
             found[f"{case} {kind}"] = {
                 "weights": weights(trainer.model),
-                "store": store.values(),
-                "by number": getattr(store, "rows", 0) is None,
+                "store": optimizer.coefficients(),
+                "by number": getattr(optimizer.store, "rows", 0) is None,
                 "rates": {e["fngd/reuse_rate"] for e in history if "fngd/reuse_rate" in e},
             }
     torch.save(found, f"{folder}/found{trainer.args.process_index}.pt")
@@ -132,9 +129,9 @@ def test_workers_change_nothing(start, tmp_path):
     workers = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": start}
     other = train(FNGDSeq2SeqTrainer, tmp_path, "", **workers)
     assert same(weights(plain.model), weights(other.model))
-    stores = [trainer.optimizer.optimizer.coefficients.store for trainer in (plain, other)]
-    assert stores[1].rows is None, "row numbers, not hashes"
-    assert torch.equal(stores[0].values(), stores[1].values())
+    first, second = (trainer.optimizer.optimizer for trainer in (plain, other))
+    assert second.store.rows is None, "row numbers, not hashes"
+    assert torch.equal(first.coefficients(), second.coefficients())
 
 
 if __name__ == "__main__":

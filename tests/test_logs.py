@@ -15,7 +15,7 @@ EXPECTED = {
     "fngd/epoch",
     "fngd/damping",
     "fngd/layers",
-    "fngd/layers_left_out",
+    "fngd/layers_dropped",
     "fngd/gram_seconds",
     "fngd/clipped",
     "fngd/nonfinite",

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Seq2SeqTrainer, set_seed
 
 from hf_fngd import FNGDCallback, FNGDSeq2SeqTrainer, FNGDTrainer
-from hf_fngd.hf.loss_scale import LossScaleMixin
+from hf_fngd.hf.trainer import LossScaleMixin
 from tests.hf_utils import VOCAB, arguments, make_trainer, tiny_marian, weights
 
 
@@ -27,7 +27,7 @@ def llama():
 
 
 def first_gradients(cls, folder, model, accumulation, *, rows=32, **changes):
-    """The gradient of the first update over the same 32 rows, however they are split."""
+    """Return the gradient of the first update over the same 32 rows, however they are split."""
     found = {}
 
     class Spy(cls):
@@ -66,16 +66,16 @@ def test_accumulated_natural_gradient_with_stored_coefficients(tmp_path, monkeyp
     class Filled(FNGDSeq2SeqTrainer):
         def create_optimizer(self, *args):
             optimizer = super().create_optimizer(*args)
-            state = optimizer.coefficients
-            rows = state.store.locate(range(32), create=True)
+            rows = optimizer.store.locate(range(32), create=True)
             generator = torch.Generator().manual_seed(3)
-            state.store.write(rows, torch.rand(32, len(state.names), generator=generator))
-            state.epoch = 1
+            table = torch.rand(32, len(optimizer.layer_names), generator=generator)
+            optimizer.store.write(rows, table)
+            optimizer.start_epoch(1)
             return optimizer
 
     # The first epoch of this run is to be one that reuses.
     monkeypatch.setattr(FNGDCallback, "on_epoch_begin", lambda self, *args, **kwargs: None)
-    options = {"optim_args": "share=sample,num_samples=32"}
+    options = {"optim_args": "share=sample"}
     whole, _ = first_gradients(Filled, tmp_path, tiny_marian(dropout=0.0), 1, **options)
     split, _ = first_gradients(Filled, tmp_path, tiny_marian(dropout=0.0), 4, **options)
     plain, _ = first_gradients(Baseline, tmp_path, tiny_marian(dropout=0.0), 1, optim="sgd")

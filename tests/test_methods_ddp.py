@@ -1,4 +1,4 @@
-"""Two processes: every method gives what one process would, averaged where its paper says so."""
+"""Two processes: every method agrees with one process, averaged where its paper says so."""
 
 import faulthandler
 import gc
@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fngd import create_preconditioned_optimizer
+from hf_fngd.methods import preconditioned
+from hf_fngd.methods.curvature import join
 from tests.test_ddp import LAUNCHERS, both, on_two_ranks
 from tests.test_methods_trainer import SETTINGS as LEARNING
 from tests.test_runner import BATCHES, SCRIPT, run
@@ -39,7 +41,7 @@ def build():
 def make(name, model):
     method = name.partition("-")[0]
     return create_preconditioned_optimizer(
-        model, method=method, lr=0.0, step_control="none", damping=0.3, **SETTINGS[name]
+        model, method=method, lr=0.0, kl_clip=None, damping=0.3, **SETTINGS[name]
     )
 
 
@@ -48,7 +50,7 @@ def directions(model):
 
 
 def main(folder):
-    """What each of the two ranks runs; a rank that hangs says where and ends both.
+    """Run one of the two ranks; a rank that hangs says where and ends both.
 
     Nothing may outlive the process group: the last owner of one ends its threads, and where that
     is DDP's reducer it holds the interpreter's lock meanwhile, which those threads may wait for.
@@ -89,12 +91,12 @@ def test_directions_of_two_ranks(name, two_ranks):
 
 
 def reference(name):
-    """Shared statistics: two micro-batches in one process. Others: mean of the halves' parts."""
+    """Take two micro-batches in one process, or for block methods the mean of the halves' parts."""
     halves = (slice(0, 6), slice(6, 12))
     if name.startswith(("kfac", "eva")):
         model, inputs, classes = build()
         optimizer = make(name, model)
-        optimizer.tracker.accumulation = 2
+        optimizer.set_loss_scale(2)
         for half in halves:
             loss = nn.functional.cross_entropy(model(inputs[half]), classes[half]) / 2
             loss.backward()
@@ -112,14 +114,14 @@ def reference(name):
         for key, parameter in model.named_parameters():
             parameter.grad = total[key].clone()
         modules = optimizer.selection.chosen.values()
-        blocks = [optimizer._join(module, adapter, lambda p: p.grad) for module, adapter in modules]
+        blocks = [join(module, kind, lambda p: p.grad) for module, kind in modules]
         pairs = zip(optimizer.layers, blocks, strict=True)
         parts.append([layer.local_parts(m) for layer, m in pairs])
-    for layer, (module, adapter), m, *mine in zip(
+    for layer, (module, kind), m, *mine in zip(
         optimizer.layers, optimizer.selection.chosen.values(), blocks, *parts, strict=True
     ):
         v, _ = layer.combine(m, [(one + other) / 2 for one, other in zip(*mine, strict=True)])
-        optimizer._write(module, adapter, v)
+        preconditioned._write(module, kind, v)
     return directions(model)
 
 

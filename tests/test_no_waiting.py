@@ -20,7 +20,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sgd rms": {"update_scale": "rms"},
     "muon": {"update_rule": "muon"},
     "layer": {"share": "layer"},
-    "position": {"share": "position"},
 }
 ROWS = 4
 
@@ -39,7 +38,9 @@ def reads(function: Callable[[], object]) -> int:
 
 def make(settings: dict[str, Any], device: str = "cpu") -> tuple[nn.Module, FNGD]:
     model = tiny_marian().to(device)
-    return model, create_fngd_optimizer(model, lr=1e-3, num_samples=ROWS, **settings)
+    optimizer = create_fngd_optimizer(model, lr=1e-3, **settings)
+    optimizer.bind_dataset(ROWS)
+    return model, optimizer
 
 
 def loss(model: nn.Module, optimizer: FNGD, inputs: dict[str, Tensor]) -> Tensor:

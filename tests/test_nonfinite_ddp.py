@@ -31,14 +31,20 @@ def data():
     return torch.randn(ROWS, 4, dtype=torch.float64), torch.arange(ROWS) % 3
 
 
+def make(model):
+    optimizer = create_fngd_optimizer(model, lr=0.1)
+    optimizer.bind_dataset(ROWS)
+    return optimizer
+
+
 def loss_of(model, rows, inputs, classes):
     return nn.functional.cross_entropy(model(inputs[rows]), classes[rows])
 
 
 def overflow(rank):
-    """The gradients after a backward pass in which the Gram matrices of rank 1 overflow."""
+    """Return the gradients of a backward pass in which the Gram matrices of rank 1 overflow."""
     model, (inputs, classes) = build(), data()
-    optimizer = create_fngd_optimizer(model, lr=0.1, num_samples=ROWS)
+    optimizer = make(model)
     rows = torch.arange(4) + 4 * rank
     optimizer.set_batch(rows)
     parallel = DistributedDataParallel(model)
@@ -50,16 +56,16 @@ def overflow(rank):
 
 
 def nan(rank, bad):
-    """Two epochs with one NaN in a batch of rank 1, whose step is skipped as by a GradScaler."""
+    """Train two epochs with one NaN in a batch of rank 1, whose step a GradScaler skips."""
     model, (inputs, classes) = build(), data()
-    optimizer = create_fngd_optimizer(model, lr=0.1, num_samples=ROWS)
+    optimizer = make(model)
     parallel = DistributedDataParallel(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1000)
     found = {}
     for epoch in range(2):
         optimizer.start_epoch(epoch)
         if epoch == 1:
-            found["known"] = optimizer.coefficients.store.known.clone()
+            found["known"] = optimizer.store.known.clone()
             found["first_epoch"] = weights_of(model)
         for number, both in enumerate(torch.arange(ROWS).split(2 * BATCH)):
             rows = both[rank * BATCH :][:BATCH]
@@ -69,7 +75,7 @@ def nan(rank, bad):
                 given[rows[0]] = torch.nan
             scaler.scale(loss_of(parallel, rows, given, classes)).backward()
             if not bad and epoch == 0 and number == BAD_STEP:
-                optimizer.tracker.forget_batch()  # the same steps, but for this one
+                optimizer.batches.close()  # the same steps without this one
             else:
                 scaler.step(optimizer)
                 scaler.update(1.0)
@@ -81,9 +87,9 @@ def nan(rank, bad):
 def outcome(optimizer):
     optimizer.synchronize()
     mine = optimizer.statistics()["nonfinite"]
-    optimizer.coefficients.statistics.gather_counts()
+    optimizer.synchronize(counts=True)
     return {
-        "table": optimizer.coefficients.store.values(),
+        "table": optimizer.coefficients(),
         "nonfinite": (mine, optimizer.statistics()["nonfinite"]),
     }
 
@@ -117,7 +123,8 @@ def test_overflow_costs_one_rank_its_coefficients(two_ranks):
     for rank, preconditioned in enumerate((True, False)):
         model = build()
         if preconditioned:
-            create_fngd_optimizer(model, lr=0.1, num_samples=ROWS).set_batch(range(4))
+            optimizer = make(model)
+            optimizer.set_batch(range(4))
         rows = torch.arange(4) + 4 * rank
         (loss_of(model, rows, inputs, classes) * FACTORS[rank] / 2).backward()
         for name, parameter in model.named_parameters():
@@ -148,7 +155,7 @@ def test_nan_skips_the_step_on_both_ranks_and_spares_the_store(two_ranks):
 
 def test_logs_count_all_ranks(tmp_path, monkeypatch):
     # What the other rank would have sent.
-    monkeypatch.setattr("hf_fngd.statistics.gather", lambda mine: [mine, (3, 1)])
+    monkeypatch.setattr("hf_fngd.methods.counters.gather", lambda mine: [mine, (3, 1)])
     trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(tmp_path, max_steps=2))
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -1,4 +1,4 @@
-"""What cannot work is refused in one sentence that says what to do."""
+"""A case that cannot work is refused in one sentence that says what to do."""
 
 import datasets
 import pytest
@@ -7,7 +7,7 @@ from accelerate.utils import DistributedType
 from transformers import Seq2SeqTrainer
 
 from hf_fngd import FNGD, KFAC, FNGDConfig, FNGDError, FNGDSeq2SeqTrainer
-from hf_fngd.hf import support
+from hf_fngd.hf import callback
 from tests.hf_utils import arguments, make_trainer, token_pairs
 
 BOTH = pytest.mark.parametrize("cls", [FNGDSeq2SeqTrainer, Seq2SeqTrainer], ids=["ours", "stock"])
@@ -20,11 +20,11 @@ class Plugin:
 
 @pytest.fixture
 def launch(monkeypatch):
-    """Pretends a launch in accelerate's shared state."""
+    """Pretend a launch in accelerate's shared state."""
 
     def pretend(kind, plugin=None):
         shared = {"distributed_type": kind, "fsdp_plugin": plugin}
-        monkeypatch.setattr(support.AcceleratorState, "_shared_state", shared)
+        monkeypatch.setattr(callback.AcceleratorState, "_shared_state", shared)
 
     return pretend
 
@@ -44,16 +44,16 @@ def test_deepspeed(launch, tmp_path):
     args = arguments(tmp_path)
     launch(DistributedType.DEEPSPEED)
     with pytest.raises(FNGDError, match=r"DeepSpeed.*use DDP \(torchrun\) or FSDP2"):
-        support.refuse_unsupported(args, FNGD)
+        callback.refuse_unsupported(args, FNGD)
     with pytest.raises(FNGDError, match=r"KFAC.*DeepSpeed.*use DDP \(torchrun\)$"):
-        support.refuse_unsupported(args, KFAC)
+        callback.refuse_unsupported(args, KFAC)
 
 
 def test_deepspeed_by_argument(tmp_path):
     args = arguments(tmp_path)
     args.deepspeed = {"zero_optimization": {"stage": 2}}
     with pytest.raises(FNGDError, match="DeepSpeed.*use DDP"):
-        support.refuse_unsupported(args, FNGD)
+        callback.refuse_unsupported(args, FNGD)
 
 
 @pytest.mark.feature("FSDP1", "refused", "use `fsdp_version: 2`")
@@ -61,11 +61,11 @@ def test_fsdp1_is_refused_and_fsdp2_is_not(launch, tmp_path):
     args = arguments(tmp_path)
     launch(DistributedType.FSDP, Plugin(1))
     with pytest.raises(FNGDError, match="FSDP1.*fsdp_version: 2"):
-        support.refuse_unsupported(args, FNGD)
+        callback.refuse_unsupported(args, FNGD)
     launch(DistributedType.FSDP, Plugin(2))
-    support.refuse_unsupported(args, FNGD)
+    callback.refuse_unsupported(args, FNGD)
     with pytest.raises(FNGDError, match="KFAC does not work with FSDP.*use DDP"):
-        support.refuse_unsupported(args, KFAC)
+        callback.refuse_unsupported(args, KFAC)
 
 
 @pytest.mark.feature(
@@ -120,10 +120,10 @@ def layer():
             "the model has none: each must be one of Linear",
         ),
         (lambda o: FNGDConfig(target_modules=3), "target_modules=3: give names of layers, or one"),
-        (lambda o: FNGDConfig(seed=None), "seed must be a whole number, not None"),
+        (lambda o: FNGDConfig(momentum=None), "momentum must be a finite number at least 0"),
         (
             lambda o: FNGD([], module=layer(), exclude_modules="("),
-            r"exclude_modules: '\(' is no regular expression .*: give one, or names of layers",
+            r"exclude_modules: '\(' is not a regular expression .*: give one, or names of layers",
         ),
     ],
 )
@@ -178,4 +178,4 @@ def test_layer_whose_first_dimension_is_not_the_batch(cls, tmp_path, caplog):
     trainer.train()
     assert caplog.text.count("is not the batch 8") == 1
     assert "encoder.layers.0.fc1.0.inner" in caplog.text
-    assert trainer.state.log_history[-2]["fngd/layers_left_out"] == 1.0
+    assert trainer.state.log_history[-2]["fngd/layers_dropped"] == 1.0

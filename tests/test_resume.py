@@ -12,14 +12,13 @@ SETTINGS = [
     "share=sample",
     "share=sample,update_rule=adamw,store_dtype=float16",
     "share=layer,update_rule=muon",
-    "share=position,refresh_every=2",
-    "fisher_unit=token,share=label,num_landmarks=8",
-    "fisher_unit=token,share=none,num_landmarks=8",
+    "share=layer,refresh_every=2",
+    "share=none,momentum=0.5",
 ]
 
 
 class StopAfter(TrainerCallback):
-    """Ends a run with a checkpoint after some steps; the uninterrupted run writes none."""
+    """End a run with a checkpoint after some steps; the uninterrupted run writes none."""
 
     def __init__(self, step):
         self.step = step

@@ -55,7 +55,10 @@ def test_help_of_the_script_and_of_the_runner():
     ("command", "message"),
     [
         ([], "usage: python -m hf_fngd SCRIPT"),
-        (["no/such/script.py"], "hf_fngd: no script at 'no/such/script.py'"),
+        (
+            ["no/such/script.py"],
+            "hf_fngd: error: no script at 'no/such/script.py': give the path of a Python file",
+        ),
     ],
 )
 def test_bad_command(command, message):
@@ -69,7 +72,9 @@ def test_bad_setting_is_one_line_and_exit_code_2(tmp_path):
     out = run(SCRIPT, "--output_dir", str(tmp_path), *options, *SETTINGS)
     assert out.returncode == 2
     last = out.stderr.strip().splitlines()[-1]
-    assert last.startswith("hf_fngd: optim_args: 'dampng' is not a setting of FNGD (did you mean")
+    assert last == (
+        "hf_fngd: error: optim_args: 'dampng' is not a setting of FNGD: did you mean 'damping'?"
+    )
     assert "Traceback" not in out.stderr
 
 
@@ -85,7 +90,7 @@ def test_exit_code_and_traceback_of_a_failing_script(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_outside_the_process_changes(tmp_path):
-    """No file of an installed package, of the home or of the working folder; no other process."""
+    """Files of packages, home and working folder stay, and another process knows no names."""
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir(), work.mkdir()
     script = tmp_path / "asks.py"

@@ -1,10 +1,8 @@
 """Row numbers and content hashes name the same sample whatever the padding and order."""
 
 import datasets
-import pytest
 import torch
 
-from hf_fngd.hf.announce import batch_labels
 from hf_fngd.hf.samples import (
     INDEX_COLUMN,
     IndexCollator,
@@ -129,22 +127,3 @@ def test_fingerprint_follows_content_not_transforms():
     assert fingerprint(data) != fingerprint(token_pairs(20, seed=1))
     assert fingerprint(data) != fingerprint(token_pairs(19))
     assert fingerprint(Squares()) == "5 rows"
-
-
-def test_labels_by_layer():
-    batch = pad_collator([token_pairs(3)[i] for i in range(3)])
-    mapping = batch_labels(tiny_marian(), batch)
-    import re
-
-    def keys(path):
-        return next(v for pattern, v in mapping.items() if re.search(pattern, path))
-
-    assert keys("model.encoder.layers.0.fc1") is batch["input_ids"]
-    assert keys("model.decoder.layers.0.encoder_attn.k_proj") is batch["input_ids"]
-    assert keys("model.decoder.layers.0.encoder_attn.q_proj") is batch["labels"]
-    assert keys("model.decoder.layers.0.fc1") is batch["labels"]
-
-
-@pytest.mark.parametrize("classes", [torch.tensor([1, 0])])
-def test_class_labels_are_used_as_they_are(classes):
-    assert batch_labels(tiny_marian(), {"labels": classes}) is classes

@@ -9,13 +9,14 @@ import torch
 from helpers import tiny_gpt2, tiny_llama, tiny_marian, tiny_resnet, tiny_vit
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
+from transformers.pytorch_utils import Conv1D
 
 from hf_fngd import FNGDError, create_fngd_optimizer
-from hf_fngd.selection import Selection, select_layers
+from hf_fngd.layers.selection import Selection, select_layers
 
 
 def names(selection: Selection) -> set[str]:
-    """Last parts of the chosen paths."""
+    """Return the last parts of the chosen paths."""
     return {path.rpartition(".")[2] for path in selection.chosen}
 
 
@@ -169,7 +170,9 @@ def test_model_without_layers() -> None:
 
 @pytest.mark.parametrize("target", ["fc(", ["fc1", "[z-a]"]], ids=str)
 def test_broken_pattern(target: str | list[str]) -> None:
-    with pytest.raises(FNGDError, match="no regular expression"):
+    with pytest.raises(
+        FNGDError, match="is not a regular expression .*: give one, or names of layers"
+    ):
         select_layers(tiny_marian(), target)
 
 
@@ -263,8 +266,10 @@ def test_adapters_of_peft() -> None:
 @pytest.mark.parametrize("attached", [False, True])
 def test_table(attached: bool) -> None:
     model = tiny_gpt2()
-    if attached:
-        create_fngd_optimizer(model, lr=0.1)
+    optimizer = create_fngd_optimizer(model, lr=0.1)
+    if not attached:
+        optimizer.detach()
+    assert (type(model.transformer.h[0].attn.c_attn) is not Conv1D) == attached
     selection = select_layers(model)
     lines = str(selection).splitlines()
     assert len(lines) == 1 + len(selection.chosen) + len(selection.left_out)

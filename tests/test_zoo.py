@@ -17,7 +17,7 @@ from hf_fngd import FNGDTrainer, create_fngd_optimizer
 
 
 def share(model: nn.Module, rows: dict[str, Tensor], part: slice) -> Tensor:
-    """What some samples contribute to the mean loss of all."""
+    """Return the part of some samples in the mean loss of all."""
     labels = rows["labels"]
     some = {name: value[part] for name, value in rows.items()}
     if labels.dim() > 1 and not model.config.is_encoder_decoder:
@@ -58,7 +58,7 @@ def test_every_selected_layer_has_its_natural_gradient(name: str) -> None:
     optimizer.set_batch(range(count))
     share(model, rows, slice(None)).backward()
     odd = {path for path in wanted if re.fullmatch(ZOO[name].odd, path)}
-    assert optimizer.coefficients.left_out == odd
+    assert optimizer.batches.left_out == odd
     share(plain, rows, slice(None)).backward()
     for path in wanted - odd:
         layer = plain.get_submodule(path)

@@ -32,9 +32,9 @@ ENCODER_DECODER = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build one, what it reads, and what of its Linear and Conv2d must be left out.
+    """A model, its data, and which of its Linear and Conv2d layers must be left out.
 
-    `odd`: layers that see no row for each sample, which only a training step can tell.
+    `odd`: layers without one row a sample, which only a training step can tell.
     """
 
     config: Callable[[], transformers.PretrainedConfig]
@@ -44,7 +44,7 @@ class Architecture:
     odd: str = "none"
 
     def build(self) -> nn.Module:
-        """A random model, the same at every call."""
+        """Return a random model, the same at every call."""
         torch.manual_seed(0)
         return getattr(transformers, self.model)(self.config())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +70,9 @@ class Batches:
         self.must_announce: str | None = None
         self.current: Batch | None = None
         self.left_out: set[str] = set()
-        # Layers that break a compiled graph, and those that will from the next step on, since
+        # Layers (`LayerMethod`) that will break a compiled graph from the next step on, since
         # checkpointing allows no other way through a layer before.
-        self.gated: set[int] = set()
-        self.to_gate: set[int] = set()
+        self.to_gate: list[Any] = []
         # For compiled graphs: announced batches by number, and the number of the last one.
         self.by_key: dict[int, Batch] = {}
         self.key = torch.tensor(0)
@@ -181,7 +181,8 @@ class Batches:
         self.current = None
         self.by_key.clear()
         self.key = torch.tensor(0)
-        self.gated |= self.to_gate
+        for layer in self.to_gate:
+            layer.gated = True
         self.to_gate.clear()
 
     def _drop_gates(self) -> None:

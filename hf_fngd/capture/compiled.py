@@ -89,7 +89,7 @@ def _gradients(
         return layer.kind.weighted_gradients(g, x, weight, gamma, False, bias)[1:]
     present = (backward_pass(), key)
     if _last_calls.get(layer) == present:
-        layer.batches.to_gate.add(layer.number)
+        layer.batches.to_gate.append(layer)
         layer.batches.warn_once(
             layer.name,
             "is called several times by a compiled model: in this batch each call has coefficients "

@@ -142,7 +142,7 @@ class _Captured:
         plain = len(inputs) > 1 or torch.compiler.is_exporting()
         if plain or _skips(self, inputs[0]):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not layer.in_graph or layer.number in layer.batches.gated:
+        if layer.gated or not layer.in_graph:
             return self._run(*args, **kwargs)
         return run_in_graph(self, layer.kind, layer.key, layer.batches.key, inputs[0])  # type: ignore[arg-type]
 

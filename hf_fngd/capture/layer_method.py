@@ -43,6 +43,9 @@ class LayerMethod:
         self.name = self.batches.names[number]
         # Key of the layer in compiled graphs, from `attach`.
         self.key: Tensor | None = None
+        # Whether the layer breaks them. Not looked up by its number, which Dynamo would compile
+        # into the graph: equal blocks could not share one.
+        self.gated = False
 
     @property
     def optimizer(self) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         super().attach()
         if self.config.fisher_labels == "sampled" and self._hook is None:
             self._hook = self._module.register_forward_hook(FisherLabels(self), with_kwargs=True)
+            weakref.finalize(self, self._hook.remove).atexit = False
         self._tell_clamped()
 
     def _tell_clamped(self) -> None:
@@ -218,12 +220,7 @@ class PreconditionedOptimizer(LayerOptimizer):
     def end_step(self) -> None:
         super().end_step()
         self.seen = self._drawn = 0
-        self.plan_update(self.next_update)
-
-    def plan_update(self, step: int) -> None:
-        """Update the curvature next at the given optimizer step, counted from 0."""
-        self.next_update = step
-        self.batches.active = self.steps >= step
+        self.batches.active = self.steps >= self.next_update
 
     def _update(self) -> None:
         current = self.batches.current
@@ -296,7 +293,7 @@ class PreconditionedOptimizer(LayerOptimizer):
                 "computed anew in the first step",
                 self.config.title,
             )
-            self.next_update, self.last_size = self.steps, 0
+            self.next_update, self.last_size = saved["steps"], 0
         else:
             for layer, weight, tensors in zip(
                 self.layers, self.weights(), saved["curvature"], strict=True
@@ -306,7 +303,7 @@ class PreconditionedOptimizer(LayerOptimizer):
                     name: value.clone() if value.dim() == 0 else value.clone().to(weight.device)
                     for name, value in tensors.items()
                 }
-        self.plan_update(self.next_update)
+        self.batches.active = saved["steps"] >= self.next_update
 
 
 def kl_scale(
