@@ -1,0 +1,98 @@
+"""Draw the picture of the front page from committed runs: three tasks, the optimizers worth a look.
+
+python scripts/front_picture.py   # writes scripts/bench/results/front.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from comparison.results import read_runs
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_fngd.report.plots import points
+
+RESULTS = Path(__file__).resolve().parent / "bench" / "results"
+PATH = RESULTS / "front.png"
+STYLES = {
+    "muon": ("#1b9e77", 2.4),
+    "kfac": ("#7570b3", 1.6),
+    "adamw": ("#333333", 1.6),
+    "plain (SGD)": ("#999999", 1.6),
+    "fngd (coefficients of the first epoch)": ("#d7301f", 2.0),
+}
+
+
+class Panel(NamedTuple):
+    """One task: the study, its metric and epochs, and its label of each line."""
+
+    title: str
+    study: str
+    metric: str
+    name: str
+    epochs: int
+    labels: dict[str, str]
+
+
+PANELS = (
+    Panel(
+        "Images from scratch\nResNet-18 (width 8), CIFAR-10",
+        "compare_cifar10",
+        "eval_accuracy",
+        "validation accuracy",
+        5,
+        {"muon": "muon", "kfac": "kfac", "adamw": "adamw", "plain (SGD)": "sgd"}
+        | {"fngd (coefficients of the first epoch)": "fngd"},
+    ),
+    Panel(
+        "Translation from scratch\nMarian (width 128), Multi30K",
+        "quality_scratch",
+        "eval_bleu",
+        "validation BLEU",
+        10,
+        {"muon": "muon", "adamw": "adamw", "plain (SGD)": "sgd_rms"},
+    ),
+    Panel(
+        "Fine-tuning\nMarian from Tatoeba to Multi30K",
+        "quality_finetune",
+        "eval_bleu",
+        "validation BLEU",
+        5,
+        {"muon": "muon", "adamw": "adamw", "plain (SGD)": "sgd_rms"}
+        | {"fngd (coefficients of the first epoch)": "fngd_rms"},
+    ),
+)
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw one task: for each optimizer the mean of its seeds, and their range."""
+    runs = [run for run in read_runs(RESULTS / panel.study) if run["run"].startswith("final")]
+    for name, label in panel.labels.items():
+        color, width = STYLES[name]
+        steps, _, values = points([run for run in runs if run["label"] == label], panel.metric)
+        epochs = panel.epochs * steps / steps[-1]
+        low, high = values.min(axis=0), values.max(axis=0)
+        axes.plot(epochs, values.mean(axis=0), color=color, linewidth=width, label=name)
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set_title(panel.title, fontsize=10.5)
+    axes.set(xlabel="epoch", ylabel=panel.name, xticks=range(1, panel.epochs + 1))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(path: Path) -> None:
+    """Draw all tasks side by side into a PNG file, with one legend."""
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
+    axes = figure.subplots(1, len(PANELS))
+    for one, panel in zip(axes, PANELS, strict=True):
+        draw_panel(one, panel)
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    draw(PATH)

@@ -1,0 +1,429 @@
+"""Fill the tables of the pages from the code and from committed result files.
+
+python scripts/tables.py   # rewrites what lies between <!-- NAME --> and <!-- end of NAME -->
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "bench" / "results"
+_NAMES = (
+    "README.md",
+    "hf_fngd/README.md",
+    "tests/README.md",
+    "scripts/README.md",
+    "scripts/bench/README.md",
+    "scripts/plans/README.md",
+    "scripts/plans/coefficients.md",
+    "model_cards/README.md",
+)
+PAGES = [ROOT / name for name in _NAMES if (ROOT / name).exists()]
+Columns = Mapping[str, Callable[[Any], Any]]
+
+
+def fill(text: str) -> str:
+    """Put the tables between their marks on a page; a mark may also name a study's folder."""
+    for name in re.findall(r"<!-- end of (\w+) -->", text):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        made = TABLES[name]() if name in TABLES else short(name)
+        block = f"{begin}\n{made}\n{end}"
+        text = re.sub(f"{begin}.*?{end}", lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def table(items: Iterable[Any], columns: Columns, texts: int = 1) -> str:
+    """Render a Markdown table.
+
+    Args:
+        items: What the rows are about.
+        columns: For each head a function from an item to its cell; a float gets two digits.
+        texts: Number of columns with text, the first ones; the others hold numbers.
+
+    Returns:
+        Markdown without padding, so that a longer cell changes one line and not all.
+    """
+    rows = [[_cell(make(item)) for make in columns.values()] for item in items]
+    sides = ["left"] * texts + ["right"] * (len(columns) - texts)
+    made = tabulate(rows, [*columns], tablefmt="pipe", disable_numparse=True, colalign=sides)
+    head, line, *rest = (re.sub(r" {2,}", " ", one) for one in made.splitlines())
+    return "\n".join([head, re.sub("-+", "---", line), *rest])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read a result file."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def reports(folder: str) -> list[dict[str, Any]]:
+    """Read all result files of a folder, by name."""
+    return [load(f"{folder}/{path.name}") for path in sorted((RESULTS / folder).glob("*.json"))]
+
+
+# ---- settings, and what works ------------------------------------------------------------------
+
+
+def settings() -> str:
+    """Make the table of settings: each stands where it appears first or gets another default."""
+    several, damped, shared = KFACConfig.__mro__[1:4]
+    groups = {
+        "all methods": shared,
+        "FNGD, KFAC, Eva, TENGraD and SENG": damped,
+        "FNGD": FNGDConfig,
+        "KFAC, Eva, TENGraD and SENG": several,
+        **{one.title: one for one in (KFACConfig, EvaConfig, TENGraDConfig, SENGConfig)},
+    }
+    rows = []
+    for heading, config in groups.items():
+        parent = config.__mro__[1]
+        known = {one.name: one.default for one in fields(parent)} if config is not shared else {}
+        rows.append((f"**{heading}**", "", ""))
+        for one in fields(config):
+            if known.get(one.name, "not there") != one.default:
+                text = one.metadata["help"].replace("|", "\\|")
+                rows.append((f"`{one.name}`", f"`{one.default}`", text))
+    heads = ("name", "default", "meaning")
+    return table(rows, {head: itemgetter(i) for i, head in enumerate(heads)}, texts=3)
+
+
+def support() -> str:
+    """Make the table of what works from the `feature` marks of the tests."""
+    rows = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        place = path.relative_to(ROOT / "tests").with_suffix("")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.feature":
+                    name, state, *note = map(ast.literal_eval, mark.args)
+                    rows.append((name, ": ".join([state, *note]), f"`{place}::{node.name}`"))
+    rows.sort(key=lambda row: row[0].strip("`").lower())
+    heads = ("feature", "state", "shown by")
+    return table(rows, {head: itemgetter(i) for i, head in enumerate(heads)}, texts=3)
+
+
+# ---- time and memory ---------------------------------------------------------------------------
+
+# Column, and variant of scripts/bench/workload.py.
+LATER = "fngd_adamw later epochs"
+COSTS = {
+    "`fngd_adamw`, later epochs": LATER,
+    "`fngd`": "fngd later epochs",
+    "with `update_scale=rms`": "fngd later epochs, update_scale=rms",
+}
+FIRST = {
+    "exact": "fngd_adamw first epoch",
+    "`gram_outputs=64`": "fngd_adamw first epoch, gram_outputs=64",
+    "and `gram_inputs=16`": "fngd_adamw first epoch, gram_inputs=16,gram_outputs=64",
+    "`gram_dtype=bfloat16`": "fngd_adamw first epoch, gram_dtype=bfloat16",
+}
+MEMORY = {
+    "`fngd_adamw`, later epochs": LATER,
+    "first epoch": "fngd_adamw first epoch",
+    "`fngd`, later epochs": "fngd later epochs",
+    "first epoch, `update_scale=rms`": "fngd first epoch, update_scale=rms",
+}
+
+
+def shape(report: Mapping[str, Any]) -> str:
+    """Name the model and batch of a benchmark."""
+    work = report["workload"]
+    size = f"batch {work['batch_size']}"
+    if work["shapes"] == "resnet18":
+        return f"ResNet-18, 32x32, {size}"
+    layers, width = work["layers"], f"d {work['d_model']}"
+    size += f" × {work['length']}" + (", bf16 autocast" if work.get("bf16") else "")
+    if work["shapes"] == "marian":
+        words = f", {work['vocab_size']:,} words" if work["vocab_size"] > 8000 else ""
+        return f"Marian, {width}, {layers} + {layers} layers{words}, {size}"
+    if work["shapes"] == "lora":
+        return f"LoRA, rank {work['lora_rank']}, a Llama block of {width}, {size}"
+    return f"GPT-2, {width}, {layers} blocks, {size}"
+
+
+def machine(report: Mapping[str, Any], *more: str) -> str:
+    """Name the machine of a measurement, as a paragraph after its table."""
+    place = [f"{report['machine']}, torch {report['torch']}"] if "torch" in report else []
+    return f"\n\nMachine: {'; '.join([*(place or [report['machine']]), *more])}."
+
+
+def variants(names: Mapping[str, str], key: str) -> Columns:
+    """Return columns with a number of each variant."""
+    return {head: lambda r, name=name: r["results"][name][key] for head, name in names.items()}
+
+
+def costs() -> str:
+    """Make the table of step times."""
+    found = reports("step_time")
+    adamw = {"AdamW": lambda r: f"{r['results']['adamw']['median_seconds']:.2f} s"}
+    columns = {"": shape, **adamw, **variants(COSTS, "median_ratio")}
+    return table(found, columns) + machine(found[-1])
+
+
+def first_epochs() -> str:
+    """Make the table of the first epoch's step times."""
+
+    def ten(report: Mapping[str, Any], first: str) -> float:
+        later, once = (report["results"][name]["median_ratio"] for name in (LATER, first))
+        return (9 * later + once) / 10
+
+    tens = {
+        f"ten epochs, {head}": lambda r, name=FIRST[head]: ten(r, name) for head in [*FIRST][::3]
+    }
+    return table(reports("step_time"), {"": shape, **variants(FIRST, "median_ratio"), **tens})
+
+
+def memory() -> str:
+    """Make the table of peak memory."""
+    adamw = {"AdamW": lambda r: f"{r['results']['adamw']['peak_mib']:.0f} MiB"}
+    return table(reports("memory"), {"": shape, **adamw, **variants(MEMORY, "ratio")})
+
+
+def profiles() -> str:
+    """Make the table of where FNGD's steps spend more time than AdamW's."""
+
+    def most(report: Mapping[str, Any]) -> str:
+        found = report["results"]["operators"][:4]
+        return ", ".join(f"`{one['operator']}` {one['more']:+.0f}" for one in found)
+
+    columns = {
+        "": lambda r: f"{shape(r)}: `{r['results']['variant']}`",
+        "AdamW": lambda r: f"{[*r['results']['step'].values()][0]:.0f} ms",
+        "FNGD": lambda r: f"{[*r['results']['step'].values()][1]:.0f} ms",
+        "most of the difference": most,
+    }
+    return table(reports("profile"), columns, texts=4)
+
+
+def checkpointing() -> str:
+    """Make the table of what activation checkpointing saves."""
+    report = load("checkpointing.json")
+    base = report["results"]["adamw"]["saved_mib"]
+    columns: dict[str, Callable] = {
+        "": itemgetter(0),
+        "peak without": lambda r: f"{r[1]['peak_mib']['none']:.0f} MiB",
+    }
+    for mode in ("non-reentrant", "reentrant"):
+        columns[f"{mode} saves"] = lambda r, m=mode: f"{r[1]['saved_mib'][m]:.0f} MiB"
+        columns[f"{mode} to AdamW's"] = lambda r, m=mode: r[1]["saved_mib"][m] / base[m]
+    work = report["workload"]
+    size = f"batch {work['batch_size']}, {work['length']} tokens"
+    return table(report["results"].items(), columns) + machine(report, size)
+
+
+def store() -> str:
+    """Make the table of the coefficient store's memory and time."""
+    report = load("store.json")
+    results = report["results"]
+    columns = {
+        "rows": lambda r: f"{r['rows']:,}",
+        "ids": itemgetter("ids"),
+        "precision": lambda r: r["dtype"] + (" in a file" if r["file"] else ""),
+        "table": lambda r: f"{r['table_mib']:,.0f} MiB",
+        "index": lambda r: f"{r['beside_mib']:,.1f} MiB",
+        "look-up": lambda r: f"{r['look_up_ms']:.2f} ms" if "look_up_ms" in r else "not measured",
+        "share of a step": lambda r: f"{r['share_of_step']:.2%}" if "look_up_ms" in r else "",
+    }
+    step = f"a step of batch {report['workload']['batch_size']} took {results['step_ms']:.0f} ms"
+    made = table([*results["measured"], *results["on_paper"]], columns, texts=3)
+    note = " The largest numbers of rows are computed, not measured."
+    return made + machine(report, step) + note
+
+
+def rules() -> str:
+    """Make the table of the update rules' time."""
+    report = load("update_rules.json")
+    columns = {
+        "": itemgetter(0),
+        "step": lambda r: f"{1000 * r[1]['median_seconds']:.0f} ms",
+        "against the first": lambda r: r[1]["median_ratio"],
+        "quartiles": lambda r: f"{r[1]['quartile_low']:.2f} to {r[1]['quartile_high']:.2f}",
+    }
+    work = report["workload"]
+    size = f"d_model {work['d_model']}, {work['layers']} + {work['layers']} layers"
+    return table(report["results"].items(), columns) + machine(report, size)
+
+
+def growth() -> str:
+    """Make the table of exponents of step time."""
+    report = load("growth.json")
+    columns = {
+        "": itemgetter(0),
+        "from": lambda r: min(one["size"] for one in r[1]["measurements"]),
+        "to": lambda r: max(one["size"] for one in r[1]["measurements"]),
+    }
+    for name in ("AdamW", "later epochs", "first epoch", "first epoch adds"):
+        columns[name] = lambda r, name=name: r[1]["exponents"].get(name, "–")
+    made = table(report["results"].items(), columns)
+    return made + machine(report, "Marian, d 256, 3 + 3 layers")
+
+
+def methods() -> str:
+    """Make the table of all methods' time and memory."""
+    found = {name: load(f"methods_{file}.json") for name, file in METHODS.items()}
+    columns: dict[str, Callable] = {"": str}
+    for name, report in found.items():
+        rows = report["results"]
+        columns[f"{name}: step"] = lambda label, rows=rows: (
+            "{ratio:.2f} ({lowest_ratio:.2f}-{highest_ratio:.2f})".format(**rows[label])
+        )
+        columns[f"{name}: memory"] = lambda label, rows=rows: rows[label]["memory_ratio"]
+    first, second = found.values()
+    seconds = [f"{one['results']['sgd']['seconds']:.1f} s" for one in (first, second)]
+    unit = f"ratios to SGD ({' and '.join(seconds)} a step), median and range of interleaved rounds"
+    paper = "The FNGD paper reports 2.05 to 2.07 for KFAC on ResNet-18, on a GPU."
+    return f"{table(first['results'], columns)}{machine(first, unit)} {paper}"
+
+
+METHODS = {"ResNet-18": "resnet18", "Transformer": "multi30k"}
+
+# ---- studies -----------------------------------------------------------------------------------
+
+SHOWN = re.compile(r"optimizer|final runs|AUC of γ|s / step|test .*|eval_.*|against .*")
+
+
+def study(name: str, number: int = 0) -> dict[str, dict[str, str]]:
+    """Read a table of a study's table.md: 0 is that of the final runs, 1 that at equal time.
+
+    Returns:
+        Cells by head, by label; without the labels that have no run.
+    """
+    lines = (RESULTS / name / "table.md").read_text(encoding="utf-8").splitlines()
+    blocks = [[*part] for is_row, part in groupby(lines, lambda line: line[:1] == "|") if is_row]
+    heads, _, *rows = (
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in blocks[number]
+    )
+    found = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+    runs = "runs" if number else "final runs"
+    return {label: row for label, row in found.items() if not row[runs].startswith("0 of ")}
+
+
+def short(name: str) -> str:
+    """Make the short table of a study: scores on the test sets, and seconds where they count."""
+    rows = [*study(name).values()]
+    heads = [head for head in rows[0] if SHOWN.fullmatch(head)]
+    return table(rows, {head: itemgetter(head) for head in heads})
+
+
+def sharing() -> str:
+    """Make the table of how long coefficients stay valid."""
+    rows = []
+    for kind, name in (("from scratch", ""), ("fine-tuning", "_finetune")):
+        found = load(f"coefficient_noise{name}.json")["results"]["measurements"]
+        rows += [{"kind": kind, **one} for one in found if "cos: old" in one]
+    columns = {
+        "": itemgetter("kind"),
+        "trained for": lambda row: f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}",
+        "λ": lambda row: f"{row['damping']:g}",
+        "r, other batch": itemgetter("r: batch"),
+        "r, earlier weights": itemgetter("r: weights"),
+        "plain gradient": itemgetter("cos: plain"),
+        "γ of another batch": itemgetter("cos: shared"),
+        "and of earlier weights": itemgetter("cos: old"),
+    }
+    return table(rows, columns, texts=2)
+
+
+# ---- front page --------------------------------------------------------------------------------
+
+# Kinds of steps in `methods_*.json` with their shares, and the label in each study of `TASKS`.
+FIVE_EPOCHS = {"fngd, first epoch": 0.2, "fngd, later epochs": 0.8}
+OPTIMIZERS = {
+    "AdamW of torch": ({"adamw": 1.0}, ("adamw", "adamw", "adamw")),
+    "`muon`": ({"muon": 1.0}, ("muon", "muon", "muon")),
+    "`plain`": ({"sgd": 1.0}, ("sgd", "sgd_rms", "sgd_rms")),
+    "`kfac`": ({"kfac, inverse every 10": 1.0}, ("kfac", "", "")),
+    "`seng`": ({"seng, every 200": 1.0}, ("seng", "", "")),
+    "`tengrad`": ({"tengrad, every 100": 1.0}, ("tengrad", "", "")),
+    "`eva`": ({"eva": 1.0}, ("eva", "", "")),
+    "`fngd`": (FIVE_EPOCHS, ("fngd", "", "fngd_rms")),
+}
+TASKS = {
+    "CIFAR-10: accuracy": "compare_cifar10",
+    "translation: BLEU": "quality_scratch",
+    "fine-tuning: BLEU": "quality_finetune",
+}
+# Setting, task, study and number of its table, labels without and with the coefficients, and
+# `methods_small_*.json` with its row without them and the kinds of steps with them.
+EVERY_STEP = {"fngd, first epoch": 1.0}
+LEFT_OUT = "`share=none,leave_one_out=true`"
+GAINS = (
+    ("the paper's", "CIFAR-10: accuracy", "compare_cifar10", 0, "sgd", "fngd",
+     ("resnet", "sgd", FIVE_EPOCHS)),
+    ("the paper's", "translation from scratch: BLEU", "compare_multi30k", 0, "sgd", "fngd",
+     ("marian", "sgd", FIVE_EPOCHS)),
+    ("`share=sample`", "fine-tuning: BLEU", "quality_finetune", 0, "sgd_rms", "fngd_rms",
+     ("marian", "sgd_rms", FIVE_EPOCHS)),
+    ("`share=sample`", "fine-tuning by LoRA: BLEU", "quality_lora", 0, "sgd_rms", "fngd_rms", None),
+    ("`share=none`", "fine-tuning: BLEU", "quality_finetune", 0, "sgd_rms", "fngd_rms_fresh",
+     ("marian", "sgd_rms", EVERY_STEP)),
+    (LEFT_OUT, "CIFAR-10, 3 epochs: accuracy", "quality_cifar10", 0, "sgd", "fngd_loo_fresh",
+     ("resnet", "sgd", EVERY_STEP)),
+    (LEFT_OUT, "the same in the time of 3 epochs without", "quality_cifar10", 1, "sgd",
+     "fngd_loo_fresh", None),
+)  # fmt: skip
+
+
+def _ratio(file: str, base: str, kinds: Mapping[str, float], key: str = "ratio") -> float:
+    rows = load(f"methods_{file}.json")["results"]
+    return sum(share * rows[kind][key] for kind, share in kinds.items()) / rows[base][key]
+
+
+def _score(row: Mapping[str, str]) -> str:
+    return next(cell for head, cell in row.items() if head.startswith("test "))
+
+
+def names() -> str:
+    """Make the table of optimizer names: what each costs, and its scores on the test sets."""
+    columns: dict[str, Callable] = {"`--optim`": itemgetter(0)}
+    for name, file in METHODS.items():
+        columns[f"step, {name}"] = lambda r, file=file: _ratio(file, "adamw", r[1][0])
+    columns["memory, Transformer"] = lambda r: _ratio("multi30k", "adamw", r[1][0], "peak_mib")
+    for i, (head, name) in enumerate(TASKS.items()):
+        found = study(name)
+        columns[head] = lambda r, i=i, found=found: (
+            _score(found[label]) if (label := r[1][1][i]) else ""
+        )
+    return table(OPTIMIZERS.items(), columns)
+
+
+def fngd() -> str:
+    """Make the table of what FNGD's coefficients gain over the same rule without them."""
+    columns = {
+        "coefficients": itemgetter(0),
+        "task": itemgetter(1),
+        "without": lambda r: _score(study(r[2], r[3])[r[4]]),
+        "with": lambda r: _score(study(r[2], r[3])[r[5]]),
+        "time of a step": lambda r: _ratio(f"small_{r[6][0]}", *r[6][1:]) if r[6] else "",
+    }
+    return table(GAINS, columns, texts=2)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    make.__name__: make
+    for make in (
+        settings, support, costs, first_epochs, memory, profiles, checkpointing, store, rules,
+        growth, methods, sharing, names, fngd,
+    )
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
