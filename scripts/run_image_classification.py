@@ -18,15 +18,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import TASKS, settings
+from common.metrics import MetricArguments, load_metrics, metric_names, rehearse
 from common.training import TrainingClock, is_ours, push, train
 from images.data import DataArguments, class_names, class_numbers, load_splits
+from images.metrics import ComputeMetrics, best_classes
 from images.model import ModelArguments, classes_of, load_model
 from images.pixels import load_pixels
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_fngd import FNGDTrainer
 from hf_fngd.hf.trainer import LossScaleMixin
@@ -44,27 +45,18 @@ class BaselineClassifier(CardMixin, HubMixin, LossScaleMixin, Trainer):
     """The Trainer for every other optimizer, with the same correction of the loss scale."""
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Scores one evaluation.
-
-    Args:
-        prediction: Logits, and the labels.
-
-    Returns:
-        Share of images whose highest logit is the right one.
-    """
-    return {"accuracy": float((_best(prediction.predictions) == prediction.label_ids).mean())}
-
-
 def main() -> None:
     """Trains, classifies and reports.
 
     Raises:
         InputError: If the data cannot be used.
     """
-    model_args, data_args, args = parse((ModelArguments, DataArguments, TrainingArguments), __doc__)
+    model_args, data_args, metric_args, args = parse(
+        (ModelArguments, DataArguments, MetricArguments, TrainingArguments), __doc__
+    )
     quieten(args)
     set_seed(args.seed)
+    more = load_metrics(metric_args, "int", "string")
     splits = load_splits(data_args)
     if args.do_train and "train" not in splits:
         raise InputError("--do_train needs training images: give --train_file or --train_dir")
@@ -82,6 +74,7 @@ def main() -> None:
     if len(names) < 2:
         raise InputError(f"there is one class only, {names[0]!r}: give images of two or more")
     labels = {split: class_numbers(split, rows, names) for split, rows in splits.items()}
+    rehearse(more, int=range(len(names)), string=names)
     images, collator, processor = load_pixels(splits, labels, model_args, data_args)
     model = load_model(model_args, names, len(collator.mean))
     kind = FNGDClassifier if is_ours(args.optim) else BaselineClassifier
@@ -92,7 +85,7 @@ def main() -> None:
         eval_dataset=images.get("validation"),
         data_collator=collator,
         processing_class=processor,
-        compute_metrics=accuracy,
+        compute_metrics=ComputeMetrics(names, more),
         callbacks=[TrainingClock()],
     )
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
@@ -106,16 +99,12 @@ def main() -> None:
         found["test"] = output.metrics
         predictions = [
             {"label": names[label], "prediction": names[best]}
-            for label, best in zip(labels["test"], _best(output.predictions), strict=True)
+            for label, best in zip(labels["test"], best_classes(output.predictions), strict=True)
         ]
     if trainer.is_world_process_zero():
-        _report(trainer, predictions, found, data_args)
+        _report(trainer, predictions, found, data_args, [*METRICS, *metric_names(more)])
     if args.push_to_hub and args.do_train:
         push(trainer)
-
-
-def _best(logits: Any) -> np.ndarray:
-    return np.asarray(logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def _report(
@@ -123,6 +112,7 @@ def _report(
     predictions: list[dict[str, str]],
     found: dict[str, Any],
     data_args: DataArguments,
+    metrics: list[str],
 ) -> None:
     folder = Path(trainer.args.output_dir)
     # Saving has put the model's own code beside it, if it has some.
@@ -131,7 +121,7 @@ def _report(
     if predictions:
         report.write_rows(folder / "predictions.jsonl", predictions)
         written.append(folder / "predictions.jsonl")
-    report.finish(trainer, found, written, METRICS)
+    report.finish(trainer, found, written, metrics)
 
 
 def cli() -> int:

@@ -21,8 +21,15 @@ from typing import Any
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import settings
+from common.metrics import MetricArguments, metric_names
 from common.pretrained import PretrainedArguments, load_pretrained, with_adapters
-from common.seq2seq import ComputeMetrics, make_trainer, tokenize, write_predictions
+from common.seq2seq import (
+    ComputeMetrics,
+    load_text_metrics,
+    make_trainer,
+    tokenize,
+    write_predictions,
+)
 from common.training import push, train
 from summarization.data import DataArguments, load_pairs
 from summarization.metrics import METRICS, score
@@ -42,12 +49,13 @@ def main() -> None:
     Raises:
         InputError: If the data or the model cannot be used.
     """
-    model_args, data_args, args = parse(
-        (ModelArguments, DataArguments, Seq2SeqTrainingArguments), __doc__
+    model_args, data_args, metric_args, args = parse(
+        (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
     set_seed(args.seed)
-    score([], [])  # Without rouge_score it ends here, and not after the training.
+    score([], [])  # A missing rouge_score ends the run here, and not after the training.
+    more = load_text_metrics(metric_args)
     pairs = load_pairs(data_args)
     if args.do_train and "train" not in pairs:
         raise InputError("--do_train needs training rows: give --train_file")
@@ -62,7 +70,7 @@ def main() -> None:
     )
     model = with_adapters(model, model_args, "SEQ_2_SEQ_LM")
     tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
-    metrics = ComputeMetrics(tokenizer, score)
+    metrics = ComputeMetrics(tokenizer, score, more)
     if "validation" in pairs:
         metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
     trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
@@ -81,7 +89,7 @@ def main() -> None:
         if "test" in found:
             folder = Path(args.output_dir)
             written.append(write_predictions(folder, pairs["test"], metrics.predictions))
-        report.finish(trainer, found, written, METRICS)
+        report.finish(trainer, found, written, [*METRICS, *metric_names(metrics.more)])
     if args.push_to_hub and args.do_train:
         push(trainer)
 

@@ -22,7 +22,14 @@ import sacrebleu
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import TASKS, settings
-from common.seq2seq import ComputeMetrics, make_trainer, tokenize, write_predictions
+from common.metrics import MetricArguments, metric_names
+from common.seq2seq import (
+    ComputeMetrics,
+    load_text_metrics,
+    make_trainer,
+    tokenize,
+    write_predictions,
+)
 from common.training import push, train
 from transformers import Seq2SeqTrainingArguments, set_seed
 from translation.data import DataArguments, load_extra_tests, load_pairs, sentences
@@ -41,11 +48,12 @@ def main() -> None:
     Raises:
         InputError: If the data cannot be used.
     """
-    model_args, data_args, args = parse(
-        (ModelArguments, DataArguments, Seq2SeqTrainingArguments), __doc__
+    model_args, data_args, metric_args, args = parse(
+        (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
     set_seed(args.seed)
+    more = load_text_metrics(metric_args)
     pairs, extra = load_pairs(data_args), load_extra_tests(data_args)
     if args.do_train and "train" not in pairs:
         raise InputError("--do_train needs training pairs: give --train_file")
@@ -53,7 +61,7 @@ def main() -> None:
     longest = max(data_args.max_source_length, data_args.max_target_length)
     model, tokenizer = load_model(model_args, sentences(pairs), longest, languages)
     tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
-    metrics = ComputeMetrics(tokenizer, score)
+    metrics = ComputeMetrics(tokenizer, score, more)
     if "validation" in pairs:
         metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
     trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
@@ -74,12 +82,12 @@ def main() -> None:
             output = trainer.predict(
                 inputs, metric_key_prefix="test", num_beams=model_args.num_beams
             )
-            scores = score(metrics.predictions, metrics.references)
-            more = {f"{metric}_{name}": scores[metric] for metric in METRICS}
-            # The test set proper is the last one, so its translations are the ones reported.
-            found["test"] = found.get("test", {}) | (
-                {**output.metrics, **scores} if name == "test" else more
-            )
+            scores = {**output.metrics, **metrics.scores}
+            if name != "test":
+                numbers = {n: v for n, v in metrics.scores.items() if isinstance(v, float)}
+                scores = {f"{metric}_{name}": value for metric, value in numbers.items()}
+            # The test set proper comes last, so the translations that are reported are its own.
+            found.setdefault("test", {}).update(scores)
     if trainer.is_world_process_zero():
         _report(trainer, pairs, metrics, found, data_args)
     if args.push_to_hub and args.do_train:
@@ -100,7 +108,7 @@ def _report(
     scores = found.get("test", {})
     if scores and "test" in pairs:
         written.append(write_predictions(folder, pairs["test"], metrics.predictions))
-    report.finish(trainer, found, written, METRICS)
+    report.finish(trainer, found, written, [*METRICS, *metric_names(metrics.more)])
 
 
 def cli() -> int:

@@ -127,6 +127,6 @@ def exit_code(name: str, main: Callable[[], None]) -> int:
     try:
         main()
     except (InputError, FNGDError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     return 0

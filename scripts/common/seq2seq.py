@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from common import report
+from common.metrics import Metric, MetricArguments, load_metrics, rehearse, score_all
 from common.training import TrainingClock, is_ours
 from hf_fngd import FNGDSeq2SeqTrainer
 from hf_fngd.hf.trainer import LossScaleMixin
@@ -44,29 +45,33 @@ class BaselineWriter(InOrderMixin, CardMixin, HubMixin, LossScaleMixin, Seq2SeqT
 
 
 class ComputeMetrics:
-    """What the Trainer calls with generated tokens; keeps the last texts.
+    """The Trainer's `compute_metrics`: scores generated tokens as texts, and keeps the texts.
 
-    The references are the texts as they stand in the data: decoding the labels would lose what the
-    vocabulary cannot write.
+    The references are the texts of the data. Decoded labels would lack what the vocabulary cannot
+    write.
 
     Args:
         tokenizer: The tokenizer.
-        score: Gives the metrics of texts and their references; what is no number is left out.
+        score: Function that returns the scores of texts and their references, and notes on them.
+        more: Further metrics. Where one has a number of the same name as `score`, that of `score`
+            stays.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         score: Callable[[Sequence[str], Sequence[str]], dict[str, Any]],
+        more: Sequence[Metric] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.score = score
+        self.score, self.more = score, more
         self.references: Sequence[str] = []
         self.predictions: list[str] = []
+        self.scores: dict[str, Any] = {}
         self._labels: list[list[int]] = []
 
     def expect(self, references: Sequence[str], labels: Sequence[list[int]]) -> None:
-        """Says what the next evaluations score, since the Trainer does not.
+        """Set the references of the next evaluations.
 
         Args:
             references: Reference texts, in the order of the data.
@@ -79,13 +84,13 @@ class ComputeMetrics:
         return row[(row != -100) & (row != self.tokenizer.pad_token_id)].tolist()
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Scores one evaluation.
+        """Score one evaluation.
 
         Args:
             prediction: Generated tokens, and the labels.
 
         Returns:
-            The metrics.
+            The scores; `scores` has the notes as well.
 
         Raises:
             RuntimeError: If the rows come in another order than the references.
@@ -96,8 +101,24 @@ class ComputeMetrics:
         self.predictions = decode(
             self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens
         )
-        scores = self.score(self.predictions, self.references)
-        return {name: value for name, value in scores.items() if isinstance(value, float)}
+        more = score_all(self.more, {"string": self.predictions}, {"string": self.references})
+        self.scores = self.score(self.predictions, self.references)
+        self.scores |= {name: value for name, value in more.items() if name not in self.scores}
+        return {name: value for name, value in self.scores.items() if isinstance(value, float)}
+
+
+def load_text_metrics(args: MetricArguments) -> list[Metric]:
+    """Load the further metrics of the command line, and try them on two texts.
+
+    Args:
+        args: Metric arguments.
+
+    Returns:
+        The metrics.
+    """
+    metrics = load_metrics(args, "string")
+    rehearse(metrics, string=["A first text.", "A second one."])
+    return metrics
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:

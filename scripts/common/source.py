@@ -174,6 +174,11 @@ def first_rows(rows: datasets.Dataset, split: str, args: Any) -> datasets.Datase
     return rows
 
 
+def test_name(path: str) -> str:
+    """Return the name of a further test set: that of its file, without folder and endings."""
+    return Path(path).name.split(".")[0]
+
+
 def describe(args: SourceArguments, split: str) -> str:
     """Names the data of one split for the model card.
 

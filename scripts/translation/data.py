@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 from common.arguments import InputError
-from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub
+from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub, test_name
 
 from translation.noise import misalign
 
@@ -91,7 +90,7 @@ def load_extra_tests(args: DataArguments) -> dict[str, datasets.Dataset]:
     """
     found: dict[str, datasets.Dataset] = {}
     for path in args.extra_test_file:
-        name = Path(path).name.split(".")[0]
+        name = test_name(path)
         if name in found or name == "test":
             raise InputError(f"--extra_test_file: a second test set is called {name!r}: rename it")
         rows = load_file("extra_test", path, BUILDERS)
