@@ -448,4 +448,6 @@ def test_resume_with_other_data_or_settings_is_refused(files):
     shared = {"vocab_size": 200}
     out = run(*options(files, **{**again, **checkpoint, **shared, "train_file": other}))
     assert out.returncode == 2, out.stderr
-    assert "run_translation: the checkpoint's coefficients belong to other data" in out.stderr
+    assert (
+        "run_translation: error: the checkpoint's coefficients belong to other data" in out.stderr
+    )

@@ -65,9 +65,15 @@ def wrong(result, kinds=("string", "string"), more=""):
 
 
 BAD = {
-    "no such name": (lambda f: ["no-such-metric"], "cannot load 'no-such-metric' (Couldn't find"),
-    "no such user": (lambda f: ["nobody/nothing"], "cannot load 'nobody/nothing' (Couldn't find"),
-    "no such file": (lambda f: [f / "none.py"], "none.py' (Couldn't find a metric script"),
+    "no such name": (
+        lambda f: ["no-such-metric"],
+        "cannot load 'no-such-metric' (there is no such file, and the Hub",
+    ),
+    "no such user": (
+        lambda f: ["nobody/nothing"],
+        "cannot load 'nobody/nothing' (there is no such file, and the Hub",
+    ),
+    "no such file": (lambda f: [f / "none.py"], "none.py' (there is no such file"),
     "no metric": (wrong("1 +"), "odd' (invalid syntax"),
     "numbers": (wrong("{'odd': 1}", ("int32", "int32")), "odd' wants predictions: Value('int32')"),
     "fails": (wrong("{'odd': 1 / 0}"), "odd' fails (division by zero): give its options after"),

@@ -53,9 +53,10 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
     """
     parser = HfArgumentParser(
         list(kinds),
+        prog=Path(sys.argv[0]).stem,
         description=description,
         formatter_class=_Help,
-        usage="%(prog)s [SETTINGS.json] [--name value ...] (see --help)",
+        usage="%(prog)s.py [SETTINGS.json] [--name value ...] (see --help)",
     )
     settings = next((word for word in sys.argv[1:2] if word.endswith(".json")), None)
     try:

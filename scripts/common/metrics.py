@@ -164,8 +164,8 @@ def _load(place: str) -> Any:
         return evaluate.load(place, module_type="metric", keep_in_memory=True)
     except Exception as error:  # Loading runs code of other people.
         raise InputError(
-            f"--metrics: cannot load {place!r} ({_reason(error)}): give the name of a metric on "
-            "the Hub, or a folder or .py file that exists, and install what it needs"
+            f"--metrics: cannot load {place!r} ({_reason(error)}): give a metric's name on the Hub, "
+            "its folder or its .py file, and install what it needs"
         ) from None
 
 
@@ -194,4 +194,6 @@ def _options(word: str, text: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file, and the Hub has none or cannot be reached"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
