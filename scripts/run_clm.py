@@ -14,6 +14,7 @@ metrics.json (perplexity), pictures and a model card.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -21,26 +22,13 @@ from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import TASKS, settings
 from common.source import load_columns
-from common.training import TrainingClock, is_ours, push, train
+from common.training import make_trainer, push, train
 from language.data import DataArguments, tokenize
 from language.model import ModelArguments, load_model
 from language.perplexity import compute_metrics, surprise
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
-
-from hf_fngd import FNGDTrainer
-from hf_fngd.hf.trainer import LossScaleMixin
-from hf_fngd.report.card import CardMixin
-from hf_fngd.report.hub import HubMixin
+from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
 METRICS = TASKS["text-generation"].metrics
-
-
-class FNGDLanguageTrainer(CardMixin, HubMixin, FNGDTrainer):
-    """The Trainer for the optimizers of hf_fngd."""
-
-
-class BaselineLanguageTrainer(CardMixin, HubMixin, LossScaleMixin, Trainer):
-    """The Trainer for every other optimizer, with the same correction of the loss scale."""
 
 
 def main() -> None:
@@ -58,10 +46,9 @@ def main() -> None:
     known = texts.get("train") or next(iter(texts.values()))
     model, tokenizer = load_model(model_args, known["text"], data_args.max_length)
     tokens = {s: tokenize(rows, tokenizer, data_args.max_length) for s, rows in texts.items()}
-    kind = FNGDLanguageTrainer if is_ours(args.optim) else BaselineLanguageTrainer
-    trainer = kind(
+    trainer = make_trainer(
+        args,
         model=model,
-        args=args,
         train_dataset=tokens.get("train"),
         eval_dataset=tokens.get("validation"),
         # It pads labels by -100, also where a text's end is the padding token.
@@ -69,7 +56,6 @@ def main() -> None:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=surprise,
         compute_metrics=compute_metrics,
-        callbacks=[TrainingClock()],
     )
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
@@ -81,17 +67,10 @@ def main() -> None:
     if trainer.is_world_process_zero():
         written = report.write_run(trainer, found, data_args, "perplexity", "cross-entropy a token")
         report.finish(trainer, found, written, METRICS)
-    if args.push_to_hub and args.do_train:
-        push(trainer)
+    push(trainer)
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_clm", main)
+cli = functools.partial(exit_code, "run_clm", main)
 
 
 if __name__ == "__main__":

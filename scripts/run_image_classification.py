@@ -14,6 +14,7 @@ card. `--optim sgd` has no momentum unless `--optim_args momentum=0.9` says so.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,14 @@ from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import TASKS, settings
 from common.metrics import MetricArguments, load_metrics, metric_names, rehearse
-from common.training import TrainingClock, is_ours, push, train
+from common.training import make_trainer, push, train
 from images.data import DataArguments, class_names, class_numbers, load_splits
 from images.metrics import ComputeMetrics, best_classes
 from images.model import ModelArguments, classes_of, load_model
 from images.pixels import load_pixels
-from transformers import Trainer, TrainingArguments, set_seed
-
-from hf_fngd import FNGDTrainer
-from hf_fngd.hf.trainer import LossScaleMixin
-from hf_fngd.report.card import CardMixin
-from hf_fngd.report.hub import HubMixin
+from transformers import TrainingArguments, set_seed
 
 METRICS = TASKS["image-classification"].metrics
-
-
-class FNGDClassifier(CardMixin, HubMixin, FNGDTrainer):
-    """The Trainer for the optimizers of hf_fngd."""
-
-
-class BaselineClassifier(CardMixin, HubMixin, LossScaleMixin, Trainer):
-    """The Trainer for every other optimizer, with the same correction of the loss scale."""
 
 
 def main() -> None:
@@ -77,16 +65,14 @@ def main() -> None:
     rehearse(more, int=range(len(names)), string=names)
     images, collator, processor = load_pixels(splits, labels, model_args, data_args)
     model = load_model(model_args, names, len(collator.mean))
-    kind = FNGDClassifier if is_ours(args.optim) else BaselineClassifier
-    trainer = kind(
+    trainer = make_trainer(
+        args,
         model=model,
-        args=args,
         train_dataset=images.get("train"),
         eval_dataset=images.get("validation"),
         data_collator=collator,
         processing_class=processor,
         compute_metrics=ComputeMetrics(names, more),
-        callbacks=[TrainingClock()],
     )
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     predictions: list[dict[str, str]] = []
@@ -103,8 +89,7 @@ def main() -> None:
         ]
     if trainer.is_world_process_zero():
         _report(trainer, predictions, found, data_args, [*METRICS, *metric_names(more)])
-    if args.push_to_hub and args.do_train:
-        push(trainer)
+    push(trainer)
 
 
 def _report(
@@ -124,13 +109,7 @@ def _report(
     report.finish(trainer, found, written, metrics)
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_image_classification", main)
+cli = functools.partial(exit_code, "run_image_classification", main)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ metrics.json (ROUGE), predictions.jsonl, pictures and a model card. Needs rouge_
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,7 @@ from common.pretrained import PretrainedArguments, load_pretrained, with_adapter
 from common.seq2seq import (
     ComputeMetrics,
     load_text_metrics,
-    make_trainer,
-    tokenize,
+    make_writer,
     write_predictions,
 )
 from common.training import push, train
@@ -69,11 +69,8 @@ def main() -> None:
         "--max_source_length and --max_target_length",
     )
     model = with_adapters(model, model_args, "SEQ_2_SEQ_LM")
-    tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
     metrics = ComputeMetrics(tokenizer, score, more)
-    if "validation" in pairs:
-        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
-    trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
+    trainer, tokens = make_writer(model, args, data_args, pairs, metrics)
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
         found |= train(trainer)
@@ -90,17 +87,10 @@ def main() -> None:
             folder = Path(args.output_dir)
             written.append(write_predictions(folder, pairs["test"], metrics.predictions))
         report.finish(trainer, found, written, [*METRICS, *metric_names(metrics.more)])
-    if args.push_to_hub and args.do_train:
-        push(trainer)
+    push(trainer)
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_summarization", main)
+cli = functools.partial(exit_code, "run_summarization", main)
 
 
 if __name__ == "__main__":

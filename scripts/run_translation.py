@@ -13,6 +13,7 @@ model, metrics.json, predictions.jsonl, curves.png and a model card.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from common.metrics import MetricArguments, metric_names
 from common.seq2seq import (
     ComputeMetrics,
     load_text_metrics,
-    make_trainer,
+    make_writer,
     tokenize,
     write_predictions,
 )
@@ -60,11 +61,8 @@ def main() -> None:
     languages = (data_args.source_lang, data_args.target_lang)
     longest = max(data_args.max_source_length, data_args.max_target_length)
     model, tokenizer = load_model(model_args, sentences(pairs), longest, languages)
-    tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
     metrics = ComputeMetrics(tokenizer, score, more)
-    if "validation" in pairs:
-        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
-    trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
+    trainer, tokens = make_writer(model, args, data_args, pairs, metrics)
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
         # Its history is without the final evaluations, which decode with more beams.
@@ -90,8 +88,7 @@ def main() -> None:
             found.setdefault("test", {}).update(scores)
     if trainer.is_world_process_zero():
         _report(trainer, pairs, metrics, found, data_args)
-    if args.push_to_hub and args.do_train:
-        push(trainer)
+    push(trainer)
 
 
 def _report(
@@ -111,13 +108,7 @@ def _report(
     report.finish(trainer, found, written, [*METRICS, *metric_names(metrics.more)])
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_translation", main)
+cli = functools.partial(exit_code, "run_translation", main)
 
 
 if __name__ == "__main__":

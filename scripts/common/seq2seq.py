@@ -1,4 +1,4 @@
-"""Training of sequence-to-sequence models, scored by the texts that they generate."""
+"""Sequence-to-sequence models: tokens, the Trainer, and the scores of generated texts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from common import report
 from common.metrics import Metric, MetricArguments, load_metrics, rehearse, score_all
-from common.training import TrainingClock, is_ours
+from common.training import make_trainer
 from hf_fngd import FNGDSeq2SeqTrainer
 from hf_fngd.hf.trainer import LossScaleMixin
 from hf_fngd.report.card import CardMixin
@@ -30,14 +30,17 @@ SHOWN = 10
 
 
 class InOrderMixin(Seq2SeqTrainer):
-    """Evaluates in the order of the data, also under group_by_length: references have no ids."""
+    """Trainer mixin: evaluation keeps the order of the data, because references have no ids.
+
+    Under `group_by_length` the Trainer would sort the rows.
+    """
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> SequentialSampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
-class FNGDWriter(InOrderMixin, CardMixin, HubMixin, FNGDSeq2SeqTrainer):
-    """The Trainer for `--optim fngd…`."""
+class ScriptWriter(InOrderMixin, CardMixin, HubMixin, FNGDSeq2SeqTrainer):
+    """The Trainer for the optimizers of hf_fngd."""
 
 
 class BaselineWriter(InOrderMixin, CardMixin, HubMixin, LossScaleMixin, Seq2SeqTrainer):
@@ -122,7 +125,7 @@ def load_text_metrics(args: MetricArguments) -> list[Metric]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
-    """Turns token ids into text.
+    """Turn token ids into text.
 
     Args:
         tokenizer: The tokenizer.
@@ -138,12 +141,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
 def tokenize(
     pairs: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> datasets.Dataset:
-    """Turns pairs of texts into model inputs.
+    """Turn pairs of texts into model inputs.
 
     Args:
         pairs: Columns `source` and `target`.
         tokenizer: The tokenizer.
-        args: Length limits and prefix.
+        args: Data arguments: length limits and prefix.
 
     Returns:
         Columns `input_ids`, `attention_mask` and `labels`.
@@ -160,49 +163,51 @@ def tokenize(
     return pairs.map(encode, batched=True, remove_columns=pairs.column_names)
 
 
-def make_trainer(
+def make_writer(
     model: PreTrainedModel,
     args: Seq2SeqTrainingArguments,
-    max_target_length: int,
-    tokens: dict[str, datasets.Dataset],
+    data_args: Any,
+    pairs: datasets.DatasetDict,
     metrics: ComputeMetrics,
-) -> Seq2SeqTrainer:
-    """Makes the Trainer that the optimizer needs.
+) -> tuple[Seq2SeqTrainer, dict[str, datasets.Dataset]]:
+    """Create the Trainer that the optimizer needs; it evaluates by generated texts.
 
     Args:
         model: The model.
         args: Training arguments.
-        max_target_length: Longest text that is generated, unless the arguments name another.
-        tokens: What `tokenize` made of each split.
-        metrics: What scores an evaluation.
+        data_args: Data arguments: length limits and prefix.
+        pairs: Columns `source` and `target` of each split.
+        metrics: The scores of an evaluation.
 
     Returns:
-        The Trainer, with a clock.
+        The Trainer, and the tokens of each split.
     """
     args.predict_with_generate = True
-    args.generation_max_length = args.generation_max_length or max_target_length
-    kind = FNGDWriter if is_ours(args.optim) else BaselineWriter
-    return kind(
+    args.generation_max_length = args.generation_max_length or data_args.max_target_length
+    tokenizer = metrics.tokenizer
+    tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
+    if "validation" in pairs:
+        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
+    trainer = make_trainer(
+        args,
+        (ScriptWriter, BaselineWriter),
         model=model,
-        args=args,
         train_dataset=tokens.get("train"),
         eval_dataset=tokens.get("validation"),
-        data_collator=DataCollatorForSeq2Seq(
-            metrics.tokenizer, model=model, pad_to_multiple_of=None
-        ),
-        processing_class=metrics.tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=None),
+        processing_class=tokenizer,
         compute_metrics=metrics,
-        callbacks=[TrainingClock()],
     )
+    return trainer, tokens
 
 
 def write_predictions(folder: Path, pairs: datasets.Dataset, predictions: Sequence[str]) -> Path:
-    """Writes predictions.jsonl, and prints the first rows.
+    """Write predictions.jsonl, and print the first rows.
 
     Args:
         folder: Output folder.
         pairs: Columns `source` and `target` of the test set.
-        predictions: What was generated for them.
+        predictions: The generated texts.
 
     Returns:
         The file.
