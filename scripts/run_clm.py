@@ -1,4 +1,4 @@
-r"""Trains a causal language model, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Train a causal language model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_clm.py --train_file train.txt --validation_file validation.txt \
         --test_file test.txt --output_dir runs/language --do_train --do_eval --do_predict \
@@ -7,9 +7,9 @@ r"""Trains a causal language model, with FNGD or any other optimizer of the Hugg
 
     python scripts/run_clm.py settings.json     # the same arguments as JSON
 
-Without --model_name_or_path a small GPT-2 is trained from scratch. Every text is a row of its own,
-cut at --max_length tokens: FNGD's coefficients belong to rows. The output folder gets the model,
-metrics.json (perplexity), pictures and a model card.
+Without --model_name_or_path, a small GPT-2 is trained from scratch. Each text is one row, cut at
+--max_length tokens, because FNGD's coefficients belong to rows. Model, metrics.json (perplexity),
+pictures and a model card are written to the output folder. scripts/README.md has more examples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METRICS = TASKS["text-generation"].metrics
 
 
 def main() -> None:
-    """Trains, measures and reports.
+    """Train, measure and report.
 
     Raises:
         InputError: If the data cannot be used.
@@ -51,7 +51,7 @@ def main() -> None:
         model=model,
         train_dataset=tokens.get("train"),
         eval_dataset=tokens.get("validation"),
-        # It pads labels by -100, also where a text's end is the padding token.
+        # It pads labels with -100, even if the token that ends a text is the padding token.
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         preprocess_logits_for_metrics=surprise,

@@ -1,4 +1,4 @@
-r"""Trains an image classifier, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Train an image classifier, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_image_classification.py --train_file train.parquet --validation_rows 2000 \
         --test_file test.parquet --crop_padding 4 --flip true --output_dir runs/first --do_train \
@@ -7,9 +7,10 @@ r"""Trains an image classifier, with FNGD or any other optimizer of the Hugging 
 
     python scripts/run_image_classification.py settings.json     # the same arguments as JSON
 
-Without --model_name_or_path a ResNet-18 for small images (3x3 stem, no pooling) is trained from
-scratch. The output folder gets the model, metrics.json, predictions.jsonl, curves.png and a model
-card. `--optim sgd` has no momentum unless `--optim_args momentum=0.9` says so.
+Without --model_name_or_path, a ResNet-18 for small images (3x3 stem, no pooling) is trained from
+scratch. Model, metrics.json, predictions.jsonl, pictures and a model card are written to the output
+folder. `--optim sgd` has no momentum without `--optim_args momentum=0.9`. scripts/README.md has
+more examples.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ METRICS = TASKS["image-classification"].metrics
 
 
 def main() -> None:
-    """Trains, classifies and reports.
+    """Train, classify and report.
 
     Raises:
         InputError: If the data cannot be used.
@@ -100,7 +101,7 @@ def _report(
     metrics: list[str],
 ) -> None:
     folder = Path(trainer.args.output_dir)
-    # Saving has put the model's own code beside it, if it has some.
+    # Saving the model copied its code to the folder if the class is not one of transformers.
     found["custom_code"] = hasattr(trainer.model.config, "auto_map")
     written = report.write_run(trainer, found, data_args, "accuracy", "cross-entropy an image")
     if predictions:

@@ -1,4 +1,4 @@
-r"""Fine-tunes a summarization model, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Fine-tune a summarization model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_summarization.py --model_name_or_path google-t5/t5-small \
         --source_prefix "summarize: " --train_file train.jsonl --test_file test.jsonl \
@@ -7,8 +7,9 @@ r"""Fine-tunes a summarization model, with FNGD or any other optimizer of the Hu
 
     python scripts/run_summarization.py settings.json     # the same arguments as JSON
 
-A row of a file is {"text": "...", "summary": "..."}. The output folder gets the model,
-metrics.json (ROUGE), predictions.jsonl, pictures and a model card. Needs rouge_score.
+A row of a file is {"text": "...", "summary": "..."}. Model, metrics.json (ROUGE),
+predictions.jsonl, pictures and a model card are written to the output folder. ROUGE needs the
+package rouge_score. scripts/README.md has more examples.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments, set_se
 
 @dataclass
 class ModelArguments(PretrainedArguments):
-    """A pretrained model, and how it writes."""
+    """A pretrained model, and its generation."""
 
     num_beams: int = field(default=4, metadata={"help": "Beams of the final summaries."})
 
 
 def main() -> None:
-    """Trains, summarizes and reports.
+    """Train, summarize and report.
 
     Raises:
         InputError: If the data or the model cannot be used.
@@ -64,7 +65,7 @@ def main() -> None:
     model, tokenizer = load_pretrained(
         model_args,
         AutoModelForSeq2SeqLM,
-        "sequence-to-sequence head: choose a model as T5, BART or Pegasus",
+        "sequence-to-sequence head: choose a model such as T5, BART or Pegasus",
         max(data_args.max_source_length, data_args.max_target_length),
         "--max_source_length and --max_target_length",
     )

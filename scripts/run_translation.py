@@ -1,4 +1,4 @@
-r"""Fine-tunes a translation model, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Train a translation model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_translation.py --train_file train.jsonl --validation_file validation.jsonl \
         --test_file test.jsonl --source_lang en --target_lang de --output_dir runs/first \
@@ -7,8 +7,9 @@ r"""Fine-tunes a translation model, with FNGD or any other optimizer of the Hugg
 
     python scripts/run_translation.py settings.json     # the same arguments as JSON
 
-Without --model_name_or_path a small Marian is trained from scratch. The output folder gets the
-model, metrics.json, predictions.jsonl, curves.png and a model card.
+Without --model_name_or_path, a small Marian is trained from scratch. Model, metrics.json,
+predictions.jsonl, pictures and a model card are written to the output folder. scripts/README.md
+has more examples.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ METRICS = TASKS["translation"].metrics
 
 
 def main() -> None:
-    """Trains, translates and reports.
+    """Train, translate and report.
 
     Raises:
         InputError: If the data cannot be used.
@@ -65,7 +66,7 @@ def main() -> None:
     trainer, tokens = make_writer(model, args, data_args, pairs, metrics)
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
-        # Its history is without the final evaluations, which decode with more beams.
+        # The history must not contain the final evaluations, which decode with more beams.
         found |= train(trainer)
         if data_args.misaligned_fraction:
             optimizer = unwrap_optimizer(trainer.optimizer)

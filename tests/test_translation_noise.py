@@ -1,4 +1,4 @@
-"""Misaligned pairs of scripts/run_translation.py, and what the coefficients say of them."""
+"""Misaligned pairs of scripts/run_translation.py, and how well FNGD's coefficients detect them."""
 
 import sys
 
@@ -62,7 +62,8 @@ def test_separation_reads_the_store_by_row(noise):
     # Gradients of misaligned rows are made far larger, so their γ is smaller.
     inputs = torch.randn(24, 3) + 1
     targets = model(inputs).detach() + torch.where(noisy, 8.0, 0.5)[:, None]
-    optimizer = create_fngd_optimizer(model, lr=0.0, damping=0.01, num_samples=24)
+    optimizer = create_fngd_optimizer(model, lr=0.0, damping=0.01)
+    optimizer.bind_dataset(24)
     assert noise.separation(optimizer, rows) is None  # nothing is stored yet
     for batch in torch.randperm(24).split(8):
         optimizer.set_batch(sample_ids=batch)
@@ -73,7 +74,7 @@ def test_separation_reads_the_store_by_row(noise):
     assert found["pairs"] == 6 and found["auc"] > 0.8
     assert found["gamma_aligned"] > found["gamma_misaligned"]
     assert list(found["auc_by_layer"]) == ["0", "2"]
-    table = optimizer.coefficients.store.values()
+    table = optimizer.coefficients()
     assert found["auc_by_layer"]["2"] == noise.auc(table[~noisy, 1], table[noisy, 1])
     assert noise.separation(optimizer, noise.misalign(pairs(24), 0.0, 0)) is None
     optimizer.detach()

@@ -164,8 +164,8 @@ def _load(place: str) -> Any:
         return evaluate.load(place, module_type="metric", keep_in_memory=True)
     except Exception as error:  # Loading runs code of other people.
         raise InputError(
-            f"--metrics: cannot load {place!r} ({_reason(error)}): give a metric's name on the Hub, "
-            "its folder or its .py file, and install what it needs"
+            f"--metrics: cannot load {place!r} ({_reason(error)}): give a metric's name on the "
+            "Hub, its folder or its .py file, and install what it needs"
         ) from None
 
 

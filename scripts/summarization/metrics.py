@@ -12,7 +12,7 @@ METRICS = TASKS["summarization"].metrics
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Scores summaries against one reference each.
+    """Score summaries against one reference each.
 
     Args:
         predictions: Summaries.
