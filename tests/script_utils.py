@@ -54,6 +54,40 @@ def use_as_the_card_says(folder: Path) -> str:
     return printed.getvalue().strip()
 
 
+def write_metric(folder: Path, name: str, predictions: str, references: str, result: str) -> Path:
+    """Writes a metric of `evaluate` into a folder.
+
+    Args:
+        folder: Where its folder goes.
+        name: Its name.
+        predictions: Type of a prediction, as `string`.
+        references: Type of its references; in brackets if there are several: `[string]`.
+        result: What it computes of `predictions` and `references`, as Python.
+    """
+    types = ", ".join(
+        f"{column!r}: " + (f"[Value({kind[1:-1]!r})]" if kind[0] == "[" else f"Value({kind!r})")
+        for column, kind in (("predictions", predictions), ("references", references))
+    )
+    (folder / name).mkdir()
+    (folder / name / f"{name}.py").write_text(
+        f"""
+import evaluate
+from datasets import Features, Value
+
+class Written(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="", citation="", features=Features({{{types}}})
+        )
+
+    def _compute(self, predictions, references, scale=1):
+        return {result}
+""",
+        encoding="utf-8",
+    )
+    return folder / name
+
+
 def flat(settings: dict[str, Any]) -> list[str]:
     """Settings as words of a command line; None and False are left out."""
     words: list[str] = []

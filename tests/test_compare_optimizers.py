@@ -110,7 +110,7 @@ class Bench:
     def refused(self, *options):
         assert self.run(*options) == 2
         (line,) = self.said.err.strip().splitlines()
-        assert line.startswith("compare_optimizers: ")
+        assert line.startswith("compare_optimizers: error: ")
         return line
 
     def calls(self):

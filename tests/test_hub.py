@@ -52,9 +52,7 @@ for name in sys.argv[2:]:
 print(json.dumps(found))
 """
 SHORT = {"max_steps": 1, "do_eval": None, "do_predict": None, "eval_strategy": "no"}
-TRAINED = (
-    "run_translation: the model is trained and safe in {}, but it could not be pushed to me/tiny"
-)
+TRAINED = "run_translation: error: the model is trained and safe in {}, but it could not be pushed to me/tiny"
 
 
 @pytest.fixture
@@ -188,7 +186,7 @@ def test_trouble_at_the_start_costs_no_training(case, hub, files):  # noqa: F811
     out = push(hub, files, environment=changes, **SHORT)
     last = out.stderr.strip().splitlines()[-1]
     assert out.returncode == 2 and "Traceback" not in out.stderr
-    start = "run_translation: cannot open me/tiny on the Hub, so nothing was trained: "
+    start = "run_translation: error: cannot open me/tiny on the Hub, so nothing was trained: "
     assert last.startswith(start + why)
     assert f"upload the finished model later: hf upload me/tiny {files / 'out'} ." in last
     assert not (files / "out" / "model.safetensors").exists() and hub.repos == {}

@@ -172,7 +172,7 @@ def test_bad_input_is_one_line_with_a_way_out(case, files, capsys):
     changes, message = BAD[case]
     assert run_script("run_clm", *options(files, **changes(files))) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("run_clm: ") and re.search(message, line), line
+    assert line.startswith("run_clm: error: ") and re.search(message, line), line
 
 
 def test_help_reads_well(capsys):

@@ -22,6 +22,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from tests.script_utils import write_metric
 from tests.test_runner import ROOT
 
 SCRIPT = ROOT / "scripts" / "run_image_classification.py"
@@ -108,8 +109,11 @@ def metrics(folder, out="out"):
 
 def test_process_leaves_everything(tmp_path):
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    right = "{'right': sum(p == r for p, r in zip(predictions, references))}"
+    metric = write_metric(tmp_path, "right", "int32", "int32", right)
+    more = {"dataset_label": "some clothes", "metrics": metric}
     out = subprocess.run(
-        [sys.executable, str(SCRIPT), *options(tmp_path, dataset_label="some clothes")],
+        [sys.executable, str(SCRIPT), *options(tmp_path, **more)],
         env={**os.environ, **environment},
         cwd=tmp_path,
         capture_output=True,
@@ -136,6 +140,8 @@ def test_process_leaves_everything(tmp_path):
     )
     assert found["optimizer"]["config"]["damping"] == 0.5
     assert str(SCRIPT) in found["environment"]["command"]
+    assert found["test"]["test_right"] == pytest.approx(30 * found["test"]["test_accuracy"])
+    assert "\ntest right: " in out.stdout
     # Row numbers survive augmentation: all samples of the second epoch are known.
     rates = [e["fngd/reuse_rate"] for e in found["history"] if "fngd/reuse_rate" in e]
     assert rates and set(rates) == {1.0}
@@ -147,8 +153,9 @@ def test_process_leaves_everything(tmp_path):
     assert [e["step"] for e in found["history"] if "eval_accuracy" in e] == [3, 6]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
-    (result,) = ModelCard(card).data.eval_results
+    (result, other) = ModelCard(card).data.eval_results
     assert (result.metric_name, result.metric_value) == ("Accuracy", round(right, 4))
+    assert (other.metric_name, other.metric_value) == ("right", round(30 * right))
     assert "some clothes" in card and "sacrebleu" not in card and "AutoTokenizer" not in card
     for name in ("metrics.json", "predictions.jsonl", "curves.png", "README.md"):
         assert str(folder / name) in out.stdout
@@ -198,8 +205,7 @@ def test_learns(optim, optim_args, rate, tmp_path, run):
     assert ("optimizer" in found) == (optim == "fngd")
 
 
-def test_is_ours_and_sgd_takes_momentum(script, tmp_path, run, monkeypatch):
-    assert script.is_ours("fngd_adamw") and not script.is_ours("sgd")
+def test_sgd_takes_momentum(script, tmp_path, run, monkeypatch):
     seen = []
     monkeypatch.setattr(script, "train", lambda t: seen.append(t.create_optimizer()) or {})
     monkeypatch.setattr(script, "_report", lambda *_: None)
@@ -475,7 +481,7 @@ def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(case, tmp_path
     kept.write_text("mine")
     assert run(*options(tmp_path, **{"test_file": None, **changes(tmp_path)})) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("run_image_classification: ")
+    assert line.startswith("run_image_classification: error: ")
     assert re.search(message, line), line
     assert kept.read_text() == "mine"
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
-from tests.script_utils import flat, run_script, script
+from tests.script_utils import flat, run_script, script, write_metric
 from tests.test_runner import ROOT
 
 WORDS = "the old man sold a red boat near some small harbour before winter came".split()
@@ -71,7 +71,8 @@ def options(folder, **changes):
 
 
 def test_whole_job_and_everything_it_leaves(files, capsys):
-    assert run_script("run_summarization", *options(files)) == 0
+    metric = write_metric(files, "shared", "string", "string", "{'words': 3, 'best': [1]}")
+    assert run_script("run_summarization", *options(files, metrics=metric)) == 0
     out, folder = capsys.readouterr().out, files / "out"
     found = json.loads((folder / "metrics.json").read_text())
     written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
@@ -81,7 +82,9 @@ def test_whole_job_and_everything_it_leaves(files, capsys):
     ]
     with script(ROOT / "scripts" / "run_summarization.py") as module:
         again = module.score([r["prediction"] for r in written], [r["reference"] for r in written])
+    again["shared_words"] = 3
     assert {name: found["test"][f"test_{name}"] for name in again} == pytest.approx(again)
+    assert [e["eval_shared_words"] for e in found["history"] if "eval_loss" in e] == [3, 3]
     data = ModelCard.load(folder / "README.md").data
     assert data.pipeline_tag == "summarization"
     assert {r.metric_type: r.metric_value for r in data.eval_results} == {
@@ -89,7 +92,7 @@ def test_whole_job_and_everything_it_leaves(files, capsys):
     }
     assert "(coefficients.png)" in (folder / "README.md").read_text()
     assert re.search(r"epoch +training loss +validation loss +ROUGE-1\n", out)
-    assert "test ROUGE-L: " in out
+    assert "test ROUGE-L: " in out and "\ntest shared_words: 3.00\n" in out
 
 
 def test_rouge_is_that_of_shared_words():
@@ -113,7 +116,7 @@ def test_bad_input_is_one_line_with_a_way_out(case, files, capsys):
     changes, message = BAD[case]
     assert run_script("run_summarization", *options(files, **changes(files))) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("run_summarization: ") and re.search(message, line), line
+    assert line.startswith("run_summarization: error: ") and re.search(message, line), line
 
 
 def test_missing_rouge_is_said_before_anything_else(files, capsys, monkeypatch):
@@ -121,5 +124,5 @@ def test_missing_rouge_is_said_before_anything_else(files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     assert run_script("run_summarization", *options(files)) == 2
     assert capsys.readouterr().err == (
-        "run_summarization: ROUGE needs rouge_score: pip install 'hf-fngd[rouge]'\n"
+        "run_summarization: error: ROUGE needs rouge_score: pip install 'hf-fngd[scripts]'\n"
     )

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_fngd.report.hub
-from tests.script_utils import use_as_the_card_says
+from tests.script_utils import use_as_the_card_says, write_metric
 from tests.test_runner import ROOT
 
 SCRIPT = ROOT / "scripts" / "run_translation.py"
@@ -149,7 +149,9 @@ def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
     packed = files / "train.jsonl.gz"
     packed.write_bytes(gzip.compress(pairs(32).encode()))
     shape = dict.fromkeys(["vocab_size", "d_model", "ffn_dim", "layers", "attention_heads"])
+    length = "{'length': sum(map(len, predictions))}"
     changes = {
+        "metrics": write_metric(files, "length", "string", "[string]", length),
         "extra_test_file": files / "validation.jsonl",
         "model_name_or_path": files / "out",
         "train_file": packed,
@@ -166,7 +168,10 @@ def test_fine_tunes_what_it_saved_from_gz_with_a_baseline(files):
     card = (files / "second" / "README.md").read_text()
     assert "natural-gradient" not in card and "base_model" not in card
     assert "fine-tuned from a local model, `out`, on train.jsonl.gz (32 rows)" in card
-    assert "| | bleu | chrf | bleu_validation | chrf_validation |" in card
+    columns = ("bleu", "chrf", "length", "bleu_validation", "chrf_validation", "length_validation")
+    assert f"| | {' | '.join(columns)} |" in card
+    results = ModelCard(card).data.eval_results
+    assert [result.metric_type for result in results] == ["bleu", "chrf", "length"]
     found = json.loads((files / "second" / "metrics.json").read_text())
     # The validation file is also a second test set; the first one's translations are reported.
     assert found["test"]["chrf_validation"] == pytest.approx(found["validation"]["eval_chrf"])
@@ -316,7 +321,7 @@ def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(
     monkeypatch.setattr(sys, "argv", ["run_translation.py", *options(files, **changes(files))])
     assert script.cli() == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("run_translation: ")
+    assert line.startswith("run_translation: error: ")
     assert re.search(message, line), line
     assert kept.read_text() == "mine"
     assert [p.name for p in kept.parent.iterdir()] == ["metrics.json"]
@@ -325,7 +330,7 @@ def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(
 def test_exit_code_of_the_process(files):
     out = run(*options(files, train_file=files / "none.jsonl"))
     assert out.returncode == 2 and "Traceback" not in out.stderr
-    assert out.stderr.startswith("run_translation: --train_file: there is")
+    assert out.stderr.startswith("run_translation: error: --train_file: there is")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +352,7 @@ def test_settings_file_that_cannot_be_used(text, message, tmp_path, script, monk
     monkeypatch.setattr(sys, "argv", ["run_translation.py", str(path)])
     assert script.cli() == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert re.match(f"run_translation: cannot use '{path}': .*{message}", line), line
+    assert re.match(f"run_translation: error: cannot use '{path}': .*{message}", line), line
     assert not (tmp_path / "out").exists()
 
 
@@ -443,4 +448,6 @@ def test_resume_with_other_data_or_settings_is_refused(files):
     shared = {"vocab_size": 200}
     out = run(*options(files, **{**again, **checkpoint, **shared, "train_file": other}))
     assert out.returncode == 2, out.stderr
-    assert "run_translation: the checkpoint's coefficients belong to other data" in out.stderr
+    assert (
+        "run_translation: error: the checkpoint's coefficients belong to other data" in out.stderr
+    )

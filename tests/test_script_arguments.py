@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.script_utils import run_script, script
+from tests.script_utils import flat, run_script, script
 from tests.test_runner import ROOT
 
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("run_*.py"))
@@ -33,6 +33,40 @@ def test_example_of_the_help_trains_and_scores(path, tmp_path, monkeypatch):
     _, data, args = parsed(monkeypatch, path, *words[2:])
     assert args.do_train and args.do_predict and data.train_file and data.test_file
     assert args.optim == "fngd" and args.learning_rate != 5e-5, "the Trainer's default is AdamW's"
+
+
+BAD_OPTIM_ARGS = {
+    "dampnig=1": "did you mean 'damping'?",
+    "damping=0": "damping must be a finite number above 0, not 0",
+    "damping": "'damping' is not name=value",
+    "nesterov=true": "nesterov",
+}
+
+
+@pytest.mark.parametrize("given_by", ["flags", "file"])
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_wrong_optim_args_are_refused_before_anything_is_loaded(path, given_by, tmp_path, capsys):
+    settings = {"model_name_or_path": "no-model", "train_file": "none", "report_to": "none"}
+    if path.stem == "run_translation":
+        settings |= {"source_lang": "en", "target_lang": "de"}
+    for text, message in BAD_OPTIM_ARGS.items():
+        more = {"output_dir": "out", "do_train": True, "optim": "fngd", "optim_args": text}
+        words, start = flat(settings | more), "these arguments"
+        if given_by == "file":
+            (tmp_path / "a.json").write_text(json.dumps(settings | more))
+            words, start = ["a.json"], "'a.json'"
+        assert run_script(path.stem, *words, folder=tmp_path) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"{path.stem}: error: cannot use {start}: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_argument_is_said_under_the_same_name(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_script("run_translation", "--do_train", folder=tmp_path)
+    usage, line = capsys.readouterr().err.strip().splitlines()
+    assert usage.startswith("usage: run_translation.py [SETTINGS.json]")
+    assert line.startswith("run_translation: error: the following arguments are required: --")
 
 
 def test_nothing_to_do_is_said(tmp_path, capsys):

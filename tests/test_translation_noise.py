@@ -1,4 +1,4 @@
-"""Misaligned pairs of scripts/run_translation.py, and what the coefficients say of them."""
+"""Misaligned pairs of scripts/run_translation.py, and how well FNGD's coefficients detect them."""
 
 import sys
 
