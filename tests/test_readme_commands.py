@@ -11,7 +11,6 @@ import sys
 import pytest
 
 from hf_fngd import __main__ as runner
-from hf_fngd import gram
 from tests.hf_utils import tiny_marian
 from tests.pages import PAGES, ROOT
 from tests.script_utils import flat, script
@@ -75,24 +74,18 @@ SHRINK = {
     "write_card": {},
     "methods": {**BENCH, "width": 4, "rounds": 1, "memory_repeats": 0},
     "update_rules": {**NET, "repeats": 2, "warmup": 1, "threads": 1, "output": "b.json"},
-    "budgets": {"only": "marian_512_b64", "threads": 1, "output": "times",
+    "all_shapes": {"only": "marian_512_b64", "threads": 1, "output": "times",
                 "flags": "--d_model 16 --ffn_dim 16 --layers 1 --vocab_size 50 --length 5 "
                 "--batch_size 4 --repeats 2 --warmup 1"},
     "growth": {**BENCH, "repeats": 2, "warmup": 1, "only": "layers", "plot": "b.png"},
-    "estimates": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
-                  "seeds": 1, "dampings": 1, "probed": 1, "output": "b.json"},
     "store": {**BENCH, "repeats": 2, "rows": 64, "stored_layers": 3},
     # One of the processes that it starts.
-    "checkpointing": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
+    "memory": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
     "coefficient_noise": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
                           "output": "b.json"},
-    "conv_estimates": {"samples": 2, "width": 3, "stages": 1, "side": 4, "threads": 1,
-                       "repeats": 2, "warmup": 1, "output": "b.json"},
     "profile_step": {**BENCH, "repeats": 2},
-    "route_crossover": {"samples": 3, "positions": 2, "widths": 4, "threads": 1, "repeats": 2,
-                        "warmup": 1, "output": "b.json", "plot": "b.png"},
-    "gram_routes": {"samples": 3, "positions": 4, "d_in": 5, "d_out": 6, "threads": 1,
-                    "repeats": 2, "output": "b.json"},
+    "gram": {"samples": 3, "positions": 2, "widths": 4, "threads": 1, "repeats": 2, "warmup": 1,
+             "output": "b.json", "plot": "b.png"},
 }  # fmt: skip
 
 
@@ -244,8 +237,6 @@ LEFT = {
     "--output_dir runs/demo-adamw": ["runs/demo-adamw/metrics.json"],
     "make bench": ["times/marian_512_b64.json", "b.json"],
     "growth": ["b.json", "b.png"],
-    "route_count": ["times/marian_512_b64.json"],
-    "bench/estimates.py": ["b.json"],
     "run_translation.py --optim": ["stock/done0.json"],
     "--output_dir runs/mine": ["runs/mine/README.md"],
     "scripts/multi30k_finetune.json$": ["runs/multi30k-finetune-fngd/README.md"],
@@ -265,7 +256,6 @@ LEFT = {
     "update_rules": ["b.json"],
     "methods_": ["b.json"],
     "coefficient_noise": ["b.json"],
-    "conv_estimates": ["b.json"],
     "route_crossover": ["b.json", "b.png"],
     "profile_step": ["b.json"],
     "write_card.py FOLDER": ["FOLDER/README.md"],
@@ -285,7 +275,6 @@ def test_command_runs(command, world, monkeypatch, capsys):
     for file in expected:
         (world / file).unlink(missing_ok=True)
     monkeypatch.chdir(world)
-    monkeypatch.setattr(gram, "_CPU_BLOCK_BYTES", gram._CPU_BLOCK_BYTES)
     assert run(command, world, monkeypatch) == 0, capsys.readouterr().err
     assert expected or capsys.readouterr().out, "a command that leaves nothing says something"
     assert [file for file in expected if not os.path.exists(file)] == []
