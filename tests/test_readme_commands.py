@@ -11,7 +11,6 @@ import sys
 import pytest
 
 from hf_fngd import __main__ as runner
-from hf_fngd.solve import gram
 from tests.hf_utils import tiny_marian
 from tests.pages import PAGES, ROOT
 from tests.script_utils import flat, script
@@ -81,20 +80,18 @@ SHRINK = {
     "write_card": {},
     "methods": {**BENCH, "width": 4, "rounds": 1, "memory_repeats": 0},
     "update_rules": {**NET, "repeats": 2, "warmup": 1, "threads": 1, "output": "b.json"},
-    "budgets": {"only": "marian_512_b64", "threads": 1, "output": "times",
+    "all_shapes": {"only": "marian_512_b64", "threads": 1, "output": "times",
                 "flags": "--d_model 16 --ffn_dim 16 --layers 1 --vocab_size 50 --length 5 "
                 "--batch_size 4 --repeats 2 --warmup 1"},
     "growth": {**BENCH, "repeats": 2, "warmup": 1, "only": "layers", "plot": "b.png"},
     "store": {**BENCH, "repeats": 2, "rows": 64, "stored_layers": 3},
     # One of the processes that it starts.
-    "checkpointing": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
+    "memory": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
     "coefficient_noise": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
                           "output": "b.json"},
     "profile_step": {**BENCH, "repeats": 2},
-    "route_crossover": {"samples": 3, "positions": 2, "widths": 4, "threads": 1, "repeats": 2,
-                        "warmup": 1, "output": "b.json", "plot": "b.png"},
-    "gram_routes": {"samples": 3, "positions": 4, "d_in": 5, "d_out": 6, "threads": 1,
-                    "repeats": 2, "output": "b.json"},
+    "gram": {"samples": 3, "positions": 2, "widths": 4, "threads": 1, "repeats": 2, "warmup": 1,
+             "output": "b.json", "plot": "b.png"},
 }  # fmt: skip
 
 
@@ -285,7 +282,6 @@ def test_command_runs(command, world, monkeypatch, capsys):
     for file in expected:
         (world / file).unlink(missing_ok=True)
     monkeypatch.chdir(world)
-    monkeypatch.setattr(gram, "_CPU_BLOCK_BYTES", gram._CPU_BLOCK_BYTES)
     assert run(command, world, monkeypatch) == 0, capsys.readouterr().err
     assert expected or capsys.readouterr().out, "a command that leaves nothing says something"
     assert [file for file in expected if not os.path.exists(file)] == []

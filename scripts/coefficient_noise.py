@@ -1,80 +1,74 @@
-"""What is left of a sample's coefficient in another batch and at later weights.
+"""Measure how far a sample's coefficient carries over to other batches and to later weights.
 
-    python scripts/bench/coefficient_noise.py --output scripts/bench/results/coefficient_noise.json
+    python scripts/coefficient_noise.py --output scripts/bench/results/coefficient_noise.json
 
-FNGD keeps γ of the first epoch for later ones, where a sample meets others and other weights. A
-Marian is trained from scratch with AdamW; after some epochs γ of every pair is computed at fixed
-weights, for two divisions of the pairs into batches.
+FNGD keeps γ of the first epoch for later ones, where a sample meets other samples and other
+weights. A Marian is trained with AdamW, and after some epochs γ of every pair is computed at fixed
+weights, for two divisions of the pairs into batches. The results are:
 
 - Correlations of γ over pairs, averaged over layers: `batch` (same weights, other companions),
   `weights` (same companions, weights of the time before) and `both`.
 - Cosines with the natural gradient of a batch, averaged over layers and batches: of the plain
   gradient, of the one weighted by γ from the other division (`shared`), and by γ from the other
-  division and the time before (`old`). Weights that keep nothing of the natural gradient do no
-  better than the plain one. `length` is that of the shared direction over that of the natural one.
+  division and the time before (`old`). Coefficients that kept nothing of the natural gradient would
+  do no better than the plain one. `length` is the length of the shared direction, divided by that
+  of the natural one.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from bench.measure import parse, write_results
+from common.seq2seq import tokenize
 from tabulate import tabulate
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, HfArgumentParser, set_seed
+from transformers import DataCollatorForSeq2Seq, set_seed
+from translation.data import DataArguments, load_pairs, sentences
+from translation.model import ModelArguments, load_model
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from common.seq2seq import tokenize  # noqa: E402
-from translation.data import DataArguments, load_pairs, sentences  # noqa: E402
-from translation.model import ModelArguments, load_model  # noqa: E402
-from workload import write_results  # noqa: E402
-
-from hf_fngd import FNGD, create_fngd_optimizer, create_preconditioned_optimizer  # noqa: E402
-from hf_fngd.layers.selection import select_layers  # noqa: E402
+from hf_fngd import FNGD, create_fngd_optimizer, create_preconditioned_optimizer
 
 
 @dataclass
-class Setting:
-    """Data and model."""
+class Study:
+    """Data, model and training."""
 
     train_file: str = field(
         default="data/multi30k/train.en-de.jsonl.gz", metadata={"help": "Sentence pairs."}
     )
-    rows: int = field(default=2000, metadata={"help": "First pairs of it."})
+    rows: int = field(default=2000, metadata={"help": "Number of pairs, the first of the file."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Trained model to go on with; default: a new Marian."}
+        default=None, metadata={"help": "Trained model to start from; default: a new Marian."}
     )
     d_model: int = field(default=128, metadata={"help": "Width of the Marian."})
     layers: int = field(default=2, metadata={"help": "Layers on each side."})
     batch_size: int = field(default=64, metadata={"help": "Pairs a batch."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Of the training between."})
-    other_lr: float = field(default=5e-3, metadata={"help": "Of embeddings and norms."})
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "Learning rate of the selected weights."}
+    )
+    other_lr: float = field(
+        default=5e-3, metadata={"help": "Learning rate of embeddings and norms."}
+    )
     probed: int = field(default=8, metadata={"help": "Batches whose directions are compared."})
     dampings: list[float] = field(
         default_factory=lambda: [0.01, 0.1, 1.0, 10.0], metadata={"help": "Relative λ."}
     )
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
-
-
-@dataclass
-class Study(Setting):
-    """Data, model and training."""
-
     epochs: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10],
-        metadata={"help": "Epochs after which γ is looked at."},
+        metadata={"help": "Epochs after which γ is computed."},
     )
 
 
 @dataclass
 class Options:
-    """Where to."""
+    """The result file."""
 
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
@@ -83,10 +77,10 @@ class Data:
     """Batches of tokenised pairs.
 
     Args:
-        study: Settings.
+        study: Studys.
     """
 
-    def __init__(self, study: Setting) -> None:
+    def __init__(self, study: Study) -> None:
         torch.set_num_threads(study.threads)
         set_seed(0)
         arguments = DataArguments(
@@ -112,24 +106,16 @@ class Data:
         self.rows = list(tokenize(pairs["train"], tokenizer, arguments))
         self.collate = DataCollatorForSeq2Seq(tokenizer, model=self.model)
         self.size = study.batch_size
-        self.weights = [f"{path}.weight" for path in select_layers(self.model).chosen]
 
     def batches(self, seed: int) -> Any:
-        """Divides all pairs at random.
-
-        Args:
-            seed: Which division.
-
-        Yields:
-            Row numbers, and model inputs.
-        """
+        """Divide all pairs at random, and yield row numbers and model inputs."""
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
         for rows in order.split(self.size):
             yield rows, self.collate([self.rows[i] for i in rows.tolist()])
 
 
 def collect(data: Data, damping: float, seed: int) -> FNGD:
-    """Computes γ of every pair at the present weights.
+    """Compute γ of every pair at the present weights.
 
     Args:
         data: The pairs and the model.
@@ -137,11 +123,10 @@ def collect(data: Data, damping: float, seed: int) -> FNGD:
         seed: Division into batches.
 
     Returns:
-        A detached optimizer that holds them and would look them up.
+        A detached optimizer that holds γ and is in an epoch that reuses it.
     """
-    optimizer = create_fngd_optimizer(
-        data.model, lr=0.0, damping=damping, num_samples=len(data.rows)
-    )
+    optimizer = create_fngd_optimizer(data.model, lr=0.0, damping=damping)
+    optimizer.bind_dataset(len(data.rows))
     for rows, inputs in data.batches(seed):
         optimizer.set_batch(rows)
         data.model(**inputs).loss.backward()
@@ -152,50 +137,39 @@ def collect(data: Data, damping: float, seed: int) -> FNGD:
 
 
 def table(optimizer: FNGD) -> Tensor:
-    """Reads what an optimizer holds.
-
-    Args:
-        optimizer: From `collect`.
-
-    Returns:
-        γ as `[rows, layers]`.
-    """
-    return optimizer.coefficients.store.values().double()
+    """Return γ `[rows, layers]` of an optimizer from `collect`."""
+    gamma = optimizer.coefficients()
+    assert gamma is not None
+    return gamma.double()
 
 
-def gradients(data: Data, optimizer: FNGD | None, batch: tuple[Tensor, Any]) -> list[Tensor]:
-    """Computes a batch's gradients of the selected layers.
+def gradients(
+    data: Data, optimizer: FNGD, batch: tuple[Tensor, Any], plain: bool = False
+) -> list[Tensor]:
+    """Compute a batch's gradients of the selected layers.
 
     Args:
         data: The model.
-        optimizer: Whose weights are used; None: plain gradients.
+        optimizer: A detached optimizer, with its layers and coefficients.
         batch: Row numbers and inputs.
+        plain: Whether to leave the coefficients out.
 
     Returns:
         A vector for each layer.
     """
-    if optimizer is not None:
+    if not plain:
         optimizer.attach()
         optimizer.set_batch(batch[0])
     data.model(**batch[1]).loss.backward()
-    found = [data.model.get_parameter(name).grad.flatten().clone() for name in data.weights]
+    weights = [data.model.get_parameter(f"{name}.weight") for name in optimizer.layer_names]
+    found = [weight.grad.flatten().clone() for weight in weights]
     data.model.zero_grad()
-    if optimizer is not None:
-        optimizer.coefficients.forget_batch()
-        optimizer.detach()
+    optimizer.detach()
     return found
 
 
 def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Averages the cosine over layers.
-
-    Args:
-        first: Vectors.
-        second: As many.
-
-    Returns:
-        Mean.
-    """
+    """Average the cosine of two directions over layers."""
     pairs = zip(first, second, strict=True)
     return statistics.mean(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs)
 
@@ -203,14 +177,14 @@ def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 def compare(
     data: Data, damping: float, shared: FNGD, old: FNGD | None, probed: int
 ) -> dict[str, float]:
-    """Compares directions with the natural gradient.
+    """Compare directions with the natural gradient.
 
     Args:
         data: The pairs and the model.
         damping: Relative λ.
-        shared: Holds γ of division 0 at these weights.
-        old: Holds γ of division 0 at earlier weights.
-        probed: Batches of division 1 that are looked at.
+        shared: Optimizer with γ of division 0 at these weights.
+        old: Optimizer with γ of division 0 at earlier weights.
+        probed: Number of batches of division 1.
 
     Returns:
         Mean cosines, and the mean ratio of lengths.
@@ -221,7 +195,7 @@ def compare(
     for batch in itertools.islice(data.batches(1), probed):
         natural = gradients(data, fresh, batch)
         reused = gradients(data, shared, batch)
-        rows["plain"].append(cosine(gradients(data, None, batch), natural))
+        rows["plain"].append(cosine(gradients(data, fresh, batch, plain=True), natural))
         rows["shared"].append(cosine(reused, natural))
         ratios = [float(a.norm() / b.norm()) for a, b in zip(reused, natural, strict=True)]
         rows["length"].append(statistics.mean(ratios))
@@ -231,23 +205,14 @@ def compare(
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
-    """Averages Pearson's correlation over layers.
-
-    Args:
-        first: γ as `[rows, layers]`.
-        second: The same rows and layers.
-
-    Returns:
-        Mean correlation.
-    """
+    """Average Pearson's correlation of two γ `[rows, layers]` over layers."""
     a, b = ((t - t.mean(0)) / t.std(0, correction=0) for t in (first, second))
     return float((a * b).mean())
 
 
 def main() -> None:
-    """Runs the study from the command line."""
-    parser = HfArgumentParser([Study, Options], description=__doc__)
-    study, options = parser.parse_args_into_dataclasses()
+    """Run the study from the command line."""
+    study, options = parse([Study, Options], __doc__)
     data = Data(study)
     model = data.model
     trainer = create_preconditioned_optimizer(

@@ -1,8 +1,8 @@
-"""Step time of FNGD against AdamW(fused=True) on many shapes, one after the other.
+"""Measure step time and peak memory of FNGD against AdamW(fused=True), on all shapes of the page.
 
-    python scripts/bench/budgets.py --output scripts/bench/results/step_time
+    python scripts/bench/all_shapes.py --output scripts/bench/results/step_time
 
-For each shape step_time.py runs in a process of its own, and writes OUTPUT/NAME.json; for those in
+For each shape step_time.py runs in a separate process and writes OUTPUT/NAME.json; for those in
 MEMORY memory.py writes OUTPUT/../memory/NAME.json.
 """
 
@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
+from measure import parse
 
 HERE = Path(__file__).resolve().parent
 _PAPER = "--d_model 512 --ffn_dim 2048 --layers 6"
@@ -40,30 +40,26 @@ MEMORY = ("marian_512_b32", "resnet18_b128", "gpt2_blocks_b8")
 
 @dataclass
 class Options:
-    """What is measured, and where to."""
+    """Shapes to measure, and the folder."""
 
     output: str = field(metadata={"help": "Folder for the results."})
-    only: list[str] | None = field(default=None, metadata={"help": "Names of shapes."})
-    flags: str = field(default="", metadata={"help": "Further flags, for all of them."})
+    only: list[str] | None = field(
+        default=None, metadata={"help": "Names of shapes; default: all.", "choices": list(SHAPES)}
+    )
+    flags: str = field(default="", metadata={"help": "Further flags of both benchmarks."})
     threads: int = field(default=2, metadata={"help": "Threads of torch."})
 
 
 def run(script: str, words: str, output: Path) -> None:
-    """Runs a benchmark in a process of its own.
-
-    Args:
-        script: Its file name.
-        words: Its flags.
-        output: JSON file.
-    """
+    """Run a benchmark in a separate process."""
     print(f"{output.stem}: {script}", flush=True)
     command = [sys.executable, str(HERE / script), *words.split(), "--output", str(output)]
     subprocess.run(command, check=True)
 
 
 def main() -> None:
-    """Runs all shapes."""
-    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()
+    """Run the benchmarks from the command line."""
+    (options,) = parse([Options], __doc__)
     folder = Path(options.output)
     for name, (shape, repeats) in SHAPES.items():
         if options.only is None or name in options.only:
