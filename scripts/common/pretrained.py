@@ -43,18 +43,18 @@ def load_errors(name: str | None, wanted: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _not_loaded(name, error) from None
+        raise InputError(_not_loaded(name, error)) from None
     except ValueError as error:
         if wanted is None:
-            raise _not_loaded(name, error) from None
+            raise InputError(_not_loaded(name, error)) from None
         if "Unrecognized configuration class" not in str(error):
             raise
         raise InputError(f"{name!r} has no {wanted}") from None
 
 
-def _not_loaded(name: str | None, error: Exception) -> InputError:
+def _not_loaded(name: str | None, error: Exception) -> str:
     reason = str(error).splitlines()[0]
-    return InputError(f"cannot load --model_name_or_path {name!r}: {reason}")
+    return f"cannot load --model_name_or_path {name!r}: {reason}"
 
 
 def load_pretrained(
