@@ -44,7 +44,6 @@ def main() -> None:
         (ModelArguments, DataArguments, MetricArguments, TrainingArguments), __doc__
     )
     quieten(args)
-    set_seed(args.seed)
     more = load_metrics(metric_args, "int", "string")
     splits = load_splits(data_args)
     if args.do_train and "train" not in splits:
@@ -64,6 +63,7 @@ def main() -> None:
         raise InputError(f"there is one class only, {names[0]!r}: give images of two or more")
     labels = {split: class_numbers(split, rows, names) for split, rows in splits.items()}
     rehearse(more, int=range(len(names)), string=names)
+    set_seed(args.seed)
     images, collator, processor = load_pixels(splits, labels, model_args, data_args)
     model = load_model(model_args, names, len(collator.mean))
     trainer = make_trainer(

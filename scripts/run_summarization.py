@@ -54,9 +54,9 @@ def main() -> None:
         (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
-    set_seed(args.seed)
     score([], [])  # A missing rouge_score ends the run here, and not after the training.
     more = load_text_metrics(metric_args)
+    set_seed(args.seed)
     pairs = load_pairs(data_args)
     if args.do_train and "train" not in pairs:
         raise InputError("--do_train needs training rows: give --train_file")

@@ -54,8 +54,8 @@ def main() -> None:
         (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
-    set_seed(args.seed)
     more = load_text_metrics(metric_args)
+    set_seed(args.seed)
     pairs, extra = load_pairs(data_args), load_extra_tests(data_args)
     if args.do_train and "train" not in pairs:
         raise InputError("--do_train needs training pairs: give --train_file")

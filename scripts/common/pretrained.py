@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,35 @@ class PretrainedArguments:
     )
 
 
+@contextlib.contextmanager
+def load_errors(name: str | None, wanted: str | None = None) -> Iterator[None]:
+    """Turn the errors of transformers' `from_pretrained` into errors of one line.
+
+    Args:
+        name: Name of the model.
+        wanted: The head that the model must have, and which models have it; None: any.
+
+    Raises:
+        InputError: If there is no such model, or it lacks the head.
+        ValueError: For any other reason that transformers has to refuse the head.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(_not_loaded(name, error)) from None
+    except ValueError as error:
+        if wanted is None:
+            raise InputError(_not_loaded(name, error)) from None
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InputError(f"{name!r} has no {wanted}") from None
+
+
+def _not_loaded(name: str | None, error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    return f"cannot load --model_name_or_path {name!r}: {reason}"
+
+
 def load_pretrained(
     args: PretrainedArguments, kind: Any, wanted: str, max_length: int, options: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -46,16 +77,9 @@ def load_pretrained(
         ValueError: For any other reason that transformers has.
     """
     name = args.model_name_or_path
-    try:
+    with load_errors(name, wanted):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = kind.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot load --model_name_or_path {name!r}: {reason}") from None
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise InputError(f"{name!r} has no {wanted}") from None
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.arguments import InputError
+from common.pretrained import load_errors
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -58,11 +59,8 @@ def load_processor(args: ModelArguments) -> Any:
         InputError: If there is none.
     """
     name = args.model_name_or_path
-    try:
+    with load_errors(name):
         return AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot load --model_name_or_path {name!r}: {reason}") from None
 
 
 def new_processor(size: tuple[int, int]) -> ViTImageProcessor:
@@ -110,19 +108,10 @@ def load_model(args: ModelArguments, names: Sequence[str], channels: int) -> Pre
             **labels,
         )
         return CifarResNetForImageClassification(config)
-    try:
+    with load_errors(name, "image classification head: choose a model such as ResNet or ViT"):
         return AutoModelForImageClassification.from_pretrained(
             name, ignore_mismatched_sizes=True, **labels
         )
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot load --model_name_or_path {name!r}: {reason}") from None
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise InputError(
-            f"{name!r} has no image classification head: choose one such as ResNet or ViT"
-        ) from None
 
 
 def classes_of(args: ModelArguments) -> tuple[list[str], int]:
@@ -138,9 +127,6 @@ def classes_of(args: ModelArguments) -> tuple[list[str], int]:
         InputError: If there is no such model.
     """
     name = args.model_name_or_path
-    try:
+    with load_errors(name):
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot load --model_name_or_path {name!r}: {reason}") from None
     return list(config.id2label.values()), getattr(config, "num_channels", 3)

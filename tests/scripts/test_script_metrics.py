@@ -75,7 +75,7 @@ BAD = {
     ),
     "no such file": (lambda f: [f / "none.py"], "none.py' (there is no such file"),
     "no metric": (wrong("1 +"), "odd' (invalid syntax"),
-    "numbers": (wrong("{'odd': 1}", ("int32", "int32")), "odd' wants predictions: Value('int32')"),
+    "numbers": (wrong("{'odd': 1}", ("int32", "int32")), "odd' wants predictions: Value("),
     "fails": (wrong("{'odd': 1 / 0}"), "odd' fails (division by zero): give its options after"),
     "no number": (wrong("{'odd': [1]}"), "odd' computes no single number: leave it out"),
     "unknown option": (wrong("{}", more=":x=1"), "unexpected keyword argument 'x'): give its"),
