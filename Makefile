@@ -47,8 +47,8 @@ lint: $(LINT_STAMP) ## Check format, style, docstrings and types
 
 .PHONY: bench
 bench: env ## Measure step time and memory against AdamW (about an hour, on a quiet machine)
-	$(BIN)/python scripts/bench/budgets.py --output scripts/bench/results/step_time
-	$(BIN)/python scripts/bench/gram_routes.py --output scripts/bench/results/gram_routes.json
+	$(BIN)/python scripts/bench/all_shapes.py --output scripts/bench/results/step_time
+	$(BIN)/python scripts/bench/gram.py --samples 64 --positions 20 --widths 256 --expansion 4 --blocks 1 4 8 16 64 256 --repeats 21 --output scripts/bench/results/gram_routes.json
 
 .PHONY: clean
 clean: ## Remove the environment and caches; runs/ stays

@@ -91,7 +91,7 @@ def cli() -> int:
     try:
         main()
     except PlanError as error:
-        print(f"compare_optimizers: {error}", file=sys.stderr)
+        print(f"compare_optimizers: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("compare_optimizers: stopped; the same command resumes", file=sys.stderr)

@@ -1,4 +1,4 @@
-r"""Trains a causal language model, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Train a causal language model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_clm.py --train_file train.txt --validation_file validation.txt \
         --test_file test.txt --output_dir runs/language --do_train --do_eval --do_predict \
@@ -7,13 +7,14 @@ r"""Trains a causal language model, with FNGD or any other optimizer of the Hugg
 
     python scripts/run_clm.py settings.json     # the same arguments as JSON
 
-Without --model_name_or_path a small GPT-2 is trained from scratch. Every text is a row of its own,
-cut at --max_length tokens: FNGD's coefficients belong to rows. The output folder gets the model,
-metrics.json (perplexity), pictures and a model card.
+Without --model_name_or_path, a small GPT-2 is trained from scratch. Each text is one row, cut at
+--max_length tokens, because FNGD's coefficients belong to rows. Model, metrics.json (perplexity),
+pictures and a model card are written to the output folder. scripts/README.md has more examples.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -21,30 +22,17 @@ from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import TASKS, settings
 from common.source import load_columns
-from common.training import TrainingClock, is_ours, push, train
+from common.training import make_trainer, push, train
 from language.data import DataArguments, tokenize
 from language.model import ModelArguments, load_model
 from language.perplexity import compute_metrics, surprise
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
-
-from hf_fngd import FNGDTrainer
-from hf_fngd.hf.trainer import LossScaleMixin
-from hf_fngd.report.card import CardMixin
-from hf_fngd.report.hub import HubMixin
+from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
 METRICS = TASKS["text-generation"].metrics
 
 
-class FNGDLanguageTrainer(CardMixin, HubMixin, FNGDTrainer):
-    """The Trainer for the optimizers of hf_fngd."""
-
-
-class BaselineLanguageTrainer(CardMixin, HubMixin, LossScaleMixin, Trainer):
-    """The Trainer for every other optimizer, with the same correction of the loss scale."""
-
-
 def main() -> None:
-    """Trains, measures and reports.
+    """Train, measure and report.
 
     Raises:
         InputError: If the data cannot be used.
@@ -58,18 +46,16 @@ def main() -> None:
     known = texts.get("train") or next(iter(texts.values()))
     model, tokenizer = load_model(model_args, known["text"], data_args.max_length)
     tokens = {s: tokenize(rows, tokenizer, data_args.max_length) for s, rows in texts.items()}
-    kind = FNGDLanguageTrainer if is_ours(args.optim) else BaselineLanguageTrainer
-    trainer = kind(
+    trainer = make_trainer(
+        args,
         model=model,
-        args=args,
         train_dataset=tokens.get("train"),
         eval_dataset=tokens.get("validation"),
-        # It pads labels by -100, also where a text's end is the padding token.
+        # It pads labels with -100, even if the token that ends a text is the padding token.
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         preprocess_logits_for_metrics=surprise,
         compute_metrics=compute_metrics,
-        callbacks=[TrainingClock()],
     )
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
@@ -81,17 +67,10 @@ def main() -> None:
     if trainer.is_world_process_zero():
         written = report.write_run(trainer, found, data_args, "perplexity", "cross-entropy a token")
         report.finish(trainer, found, written, METRICS)
-    if args.push_to_hub and args.do_train:
-        push(trainer)
+    push(trainer)
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_clm", main)
+cli = functools.partial(exit_code, "run_clm", main)
 
 
 if __name__ == "__main__":

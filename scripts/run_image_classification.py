@@ -1,4 +1,4 @@
-r"""Trains an image classifier, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Train an image classifier, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_image_classification.py --train_file train.parquet --validation_rows 2000 \
         --test_file test.parquet --crop_padding 4 --flip true --output_dir runs/first --do_train \
@@ -7,64 +7,45 @@ r"""Trains an image classifier, with FNGD or any other optimizer of the Hugging 
 
     python scripts/run_image_classification.py settings.json     # the same arguments as JSON
 
-Without --model_name_or_path a ResNet-18 for small images (3x3 stem, no pooling) is trained from
-scratch. The output folder gets the model, metrics.json, predictions.jsonl, curves.png and a model
-card. `--optim sgd` has no momentum unless `--optim_args momentum=0.9` says so.
+Without --model_name_or_path, a ResNet-18 for small images (3x3 stem, no pooling) is trained from
+scratch. Model, metrics.json, predictions.jsonl, pictures and a model card are written to the output
+folder. `--optim sgd` has no momentum without `--optim_args momentum=0.9`. scripts/README.md has
+more examples.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import TASKS, settings
-from common.training import TrainingClock, is_ours, push, train
+from common.metrics import MetricArguments, load_metrics, metric_names, rehearse
+from common.training import make_trainer, push, train
 from images.data import DataArguments, class_names, class_numbers, load_splits
+from images.metrics import ComputeMetrics, best_classes
 from images.model import ModelArguments, classes_of, load_model
 from images.pixels import load_pixels
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
-
-from hf_fngd import FNGDTrainer
-from hf_fngd.hf.trainer import LossScaleMixin
-from hf_fngd.report.card import CardMixin
-from hf_fngd.report.hub import HubMixin
+from transformers import TrainingArguments, set_seed
 
 METRICS = TASKS["image-classification"].metrics
 
 
-class FNGDClassifier(CardMixin, HubMixin, FNGDTrainer):
-    """The Trainer for the optimizers of hf_fngd."""
-
-
-class BaselineClassifier(CardMixin, HubMixin, LossScaleMixin, Trainer):
-    """The Trainer for every other optimizer, with the same correction of the loss scale."""
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Scores one evaluation.
-
-    Args:
-        prediction: Logits, and the labels.
-
-    Returns:
-        Share of images whose highest logit is the right one.
-    """
-    return {"accuracy": float((_best(prediction.predictions) == prediction.label_ids).mean())}
-
-
 def main() -> None:
-    """Trains, classifies and reports.
+    """Train, classify and report.
 
     Raises:
         InputError: If the data cannot be used.
     """
-    model_args, data_args, args = parse((ModelArguments, DataArguments, TrainingArguments), __doc__)
+    model_args, data_args, metric_args, args = parse(
+        (ModelArguments, DataArguments, MetricArguments, TrainingArguments), __doc__
+    )
     quieten(args)
     set_seed(args.seed)
+    more = load_metrics(metric_args, "int", "string")
     splits = load_splits(data_args)
     if args.do_train and "train" not in splits:
         raise InputError("--do_train needs training images: give --train_file or --train_dir")
@@ -82,18 +63,17 @@ def main() -> None:
     if len(names) < 2:
         raise InputError(f"there is one class only, {names[0]!r}: give images of two or more")
     labels = {split: class_numbers(split, rows, names) for split, rows in splits.items()}
+    rehearse(more, int=range(len(names)), string=names)
     images, collator, processor = load_pixels(splits, labels, model_args, data_args)
     model = load_model(model_args, names, len(collator.mean))
-    kind = FNGDClassifier if is_ours(args.optim) else BaselineClassifier
-    trainer = kind(
+    trainer = make_trainer(
+        args,
         model=model,
-        args=args,
         train_dataset=images.get("train"),
         eval_dataset=images.get("validation"),
         data_collator=collator,
         processing_class=processor,
-        compute_metrics=accuracy,
-        callbacks=[TrainingClock()],
+        compute_metrics=ComputeMetrics(names, more),
     )
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     predictions: list[dict[str, str]] = []
@@ -106,16 +86,11 @@ def main() -> None:
         found["test"] = output.metrics
         predictions = [
             {"label": names[label], "prediction": names[best]}
-            for label, best in zip(labels["test"], _best(output.predictions), strict=True)
+            for label, best in zip(labels["test"], best_classes(output.predictions), strict=True)
         ]
     if trainer.is_world_process_zero():
-        _report(trainer, predictions, found, data_args)
-    if args.push_to_hub and args.do_train:
-        push(trainer)
-
-
-def _best(logits: Any) -> np.ndarray:
-    return np.asarray(logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+        _report(trainer, predictions, found, data_args, [*METRICS, *metric_names(more)])
+    push(trainer)
 
 
 def _report(
@@ -123,24 +98,19 @@ def _report(
     predictions: list[dict[str, str]],
     found: dict[str, Any],
     data_args: DataArguments,
+    metrics: list[str],
 ) -> None:
     folder = Path(trainer.args.output_dir)
-    # Saving has put the model's own code beside it, if it has some.
+    # Saving the model copied its code to the folder if the class is not one of transformers.
     found["custom_code"] = hasattr(trainer.model.config, "auto_map")
     written = report.write_run(trainer, found, data_args, "accuracy", "cross-entropy an image")
     if predictions:
         report.write_rows(folder / "predictions.jsonl", predictions)
         written.append(folder / "predictions.jsonl")
-    report.finish(trainer, found, written, METRICS)
+    report.finish(trainer, found, written, metrics)
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_image_classification", main)
+cli = functools.partial(exit_code, "run_image_classification", main)
 
 
 if __name__ == "__main__":

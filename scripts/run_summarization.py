@@ -1,4 +1,4 @@
-r"""Fine-tunes a summarization model, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Fine-tune a summarization model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_summarization.py --model_name_or_path google-t5/t5-small \
         --source_prefix "summarize: " --train_file train.jsonl --test_file test.jsonl \
@@ -7,12 +7,14 @@ r"""Fine-tunes a summarization model, with FNGD or any other optimizer of the Hu
 
     python scripts/run_summarization.py settings.json     # the same arguments as JSON
 
-A row of a file is {"text": "...", "summary": "..."}. The output folder gets the model,
-metrics.json (ROUGE), predictions.jsonl, pictures and a model card. Needs rouge_score.
+A row of a file is {"text": "...", "summary": "..."}. Model, metrics.json (ROUGE),
+predictions.jsonl, pictures and a model card are written to the output folder. ROUGE needs the
+package rouge_score. scripts/README.md has more examples.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +23,14 @@ from typing import Any
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import settings
+from common.metrics import MetricArguments, metric_names
 from common.pretrained import PretrainedArguments, load_pretrained, with_adapters
-from common.seq2seq import ComputeMetrics, make_trainer, tokenize, write_predictions
+from common.seq2seq import (
+    ComputeMetrics,
+    load_text_metrics,
+    make_writer,
+    write_predictions,
+)
 from common.training import push, train
 from summarization.data import DataArguments, load_pairs
 from summarization.metrics import METRICS, score
@@ -31,23 +39,24 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments, set_se
 
 @dataclass
 class ModelArguments(PretrainedArguments):
-    """A pretrained model, and how it writes."""
+    """A pretrained model, and its generation."""
 
     num_beams: int = field(default=4, metadata={"help": "Beams of the final summaries."})
 
 
 def main() -> None:
-    """Trains, summarizes and reports.
+    """Train, summarize and report.
 
     Raises:
         InputError: If the data or the model cannot be used.
     """
-    model_args, data_args, args = parse(
-        (ModelArguments, DataArguments, Seq2SeqTrainingArguments), __doc__
+    model_args, data_args, metric_args, args = parse(
+        (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
     set_seed(args.seed)
-    score([], [])  # Without rouge_score it ends here, and not after the training.
+    score([], [])  # A missing rouge_score ends the run here, and not after the training.
+    more = load_text_metrics(metric_args)
     pairs = load_pairs(data_args)
     if args.do_train and "train" not in pairs:
         raise InputError("--do_train needs training rows: give --train_file")
@@ -56,16 +65,13 @@ def main() -> None:
     model, tokenizer = load_pretrained(
         model_args,
         AutoModelForSeq2SeqLM,
-        "sequence-to-sequence head: choose a model as T5, BART or Pegasus",
+        "sequence-to-sequence head: choose a model such as T5, BART or Pegasus",
         max(data_args.max_source_length, data_args.max_target_length),
         "--max_source_length and --max_target_length",
     )
     model = with_adapters(model, model_args, "SEQ_2_SEQ_LM")
-    tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
-    metrics = ComputeMetrics(tokenizer, score)
-    if "validation" in pairs:
-        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
-    trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
+    metrics = ComputeMetrics(tokenizer, score, more)
+    trainer, tokens = make_writer(model, args, data_args, pairs, metrics)
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
         found |= train(trainer)
@@ -81,18 +87,11 @@ def main() -> None:
         if "test" in found:
             folder = Path(args.output_dir)
             written.append(write_predictions(folder, pairs["test"], metrics.predictions))
-        report.finish(trainer, found, written, METRICS)
-    if args.push_to_hub and args.do_train:
-        push(trainer)
+        report.finish(trainer, found, written, [*METRICS, *metric_names(metrics.more)])
+    push(trainer)
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_summarization", main)
+cli = functools.partial(exit_code, "run_summarization", main)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Fine-tunes a translation model, with FNGD or any other optimizer of the Hugging Face Trainer.
+r"""Train a translation model, with FNGD or any other optimizer of the Hugging Face Trainer.
 
     python scripts/run_translation.py --train_file train.jsonl --validation_file validation.jsonl \
         --test_file test.jsonl --source_lang en --target_lang de --output_dir runs/first \
@@ -7,12 +7,14 @@ r"""Fine-tunes a translation model, with FNGD or any other optimizer of the Hugg
 
     python scripts/run_translation.py settings.json     # the same arguments as JSON
 
-Without --model_name_or_path a small Marian is trained from scratch. The output folder gets the
-model, metrics.json, predictions.jsonl, curves.png and a model card.
+Without --model_name_or_path, a small Marian is trained from scratch. Model, metrics.json,
+predictions.jsonl, pictures and a model card are written to the output folder. scripts/README.md
+has more examples.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,14 @@ import sacrebleu
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
 from common.facts import TASKS, settings
-from common.seq2seq import ComputeMetrics, make_trainer, tokenize, write_predictions
+from common.metrics import MetricArguments, metric_names
+from common.seq2seq import (
+    ComputeMetrics,
+    load_text_metrics,
+    make_writer,
+    tokenize,
+    write_predictions,
+)
 from common.training import push, train
 from transformers import Seq2SeqTrainingArguments, set_seed
 from translation.data import DataArguments, load_extra_tests, load_pairs, sentences
@@ -36,30 +45,28 @@ METRICS = TASKS["translation"].metrics
 
 
 def main() -> None:
-    """Trains, translates and reports.
+    """Train, translate and report.
 
     Raises:
         InputError: If the data cannot be used.
     """
-    model_args, data_args, args = parse(
-        (ModelArguments, DataArguments, Seq2SeqTrainingArguments), __doc__
+    model_args, data_args, metric_args, args = parse(
+        (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
     set_seed(args.seed)
+    more = load_text_metrics(metric_args)
     pairs, extra = load_pairs(data_args), load_extra_tests(data_args)
     if args.do_train and "train" not in pairs:
         raise InputError("--do_train needs training pairs: give --train_file")
     languages = (data_args.source_lang, data_args.target_lang)
     longest = max(data_args.max_source_length, data_args.max_target_length)
     model, tokenizer = load_model(model_args, sentences(pairs), longest, languages)
-    tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
-    metrics = ComputeMetrics(tokenizer, score)
-    if "validation" in pairs:
-        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
-    trainer = make_trainer(model, args, data_args.max_target_length, tokens, metrics)
+    metrics = ComputeMetrics(tokenizer, score, more)
+    trainer, tokens = make_writer(model, args, data_args, pairs, metrics)
     found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
     if args.do_train:
-        # Its history is without the final evaluations, which decode with more beams.
+        # The history must not contain the final evaluations, which decode with more beams.
         found |= train(trainer)
         if data_args.misaligned_fraction:
             optimizer = unwrap_optimizer(trainer.optimizer)
@@ -74,16 +81,15 @@ def main() -> None:
             output = trainer.predict(
                 inputs, metric_key_prefix="test", num_beams=model_args.num_beams
             )
-            scores = score(metrics.predictions, metrics.references)
-            more = {f"{metric}_{name}": scores[metric] for metric in METRICS}
-            # The test set proper is the last one, so its translations are the ones reported.
-            found["test"] = found.get("test", {}) | (
-                {**output.metrics, **scores} if name == "test" else more
-            )
+            scores = {**output.metrics, **metrics.scores}
+            if name != "test":
+                numbers = {n: v for n, v in metrics.scores.items() if isinstance(v, float)}
+                scores = {f"{metric}_{name}": value for metric, value in numbers.items()}
+            # The test set proper comes last, so the translations that are reported are its own.
+            found.setdefault("test", {}).update(scores)
     if trainer.is_world_process_zero():
         _report(trainer, pairs, metrics, found, data_args)
-    if args.push_to_hub and args.do_train:
-        push(trainer)
+    push(trainer)
 
 
 def _report(
@@ -100,16 +106,10 @@ def _report(
     scores = found.get("test", {})
     if scores and "test" in pairs:
         written.append(write_predictions(folder, pairs["test"], metrics.predictions))
-    report.finish(trainer, found, written, METRICS)
+    report.finish(trainer, found, written, [*METRICS, *metric_names(metrics.more)])
 
 
-def cli() -> int:
-    """Runs the job; what the user can mend ends it with one line on stderr.
-
-    Returns:
-        Exit code.
-    """
-    return exit_code("run_translation", main)
+cli = functools.partial(exit_code, "run_translation", main)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_same, fill_store, gradients, tiny_gpt2
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fngd import FNGD, create_fngd_optimizer
+from tests.helpers import assert_same, fill_store, gradients, tiny_gpt2
 
 N, STEPS, LR = 6, 20, 0.02
 PLAIN = {"update_scale": "none"}

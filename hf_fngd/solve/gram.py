@@ -21,9 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# On a CPU, blocks of per-sample gradients that stay in the cache are faster than whole ones
-# (scripts/bench/gram_routes.py).
-_CPU_BLOCK_BYTES = 2**23
 _PIECES = 8
 _LEAST_ROWS = 8
 
@@ -81,6 +78,7 @@ def sample_gram(
     bias: bool,
     route: str = "auto",
     memory_bytes: int = 2**28,
+    block_bytes: int = 2**23,
 ) -> SampleGram:
     """Form K of per-sample gradients, positions summed within each sample.
 
@@ -90,6 +88,8 @@ def sample_gram(
         bias: Whether the layer's bias is part of the block: adds (Σ_t g)(Σ_t g)ᵀ.
         route: `auto`, `direct` or `hadamard`.
         memory_bytes: Bound on the workspace; larger problems are done in blocks.
+        block_bytes: Bound on the direct route's workspace on a CPU, where blocks that stay in the
+            cache are faster than larger ones (scripts/bench/gram.py).
 
     Returns:
         K, and the per-sample gradients if they were materialised as a whole.
@@ -100,6 +100,8 @@ def sample_gram(
     if route == "hadamard":
         per_sample, matrix = None, _hadamard(a, g, memory_bytes)
     else:
+        if a.device.type == "cpu":
+            memory_bytes = min(memory_bytes, block_bytes)
         per_sample, matrix = _direct(a, g, memory_bytes)
     if bias:
         sums = g.sum(2, dtype=matrix.dtype)
@@ -114,8 +116,6 @@ def _sum_dtype(a: Tensor) -> torch.dtype:
 def _direct(a: Tensor, g: Tensor, memory_bytes: int) -> tuple[Tensor | None, Tensor]:
     groups, n, _, d_in = a.shape
     d_out = g.shape[-1]
-    if a.device.type == "cpu":
-        memory_bytes = min(memory_bytes, _CPU_BLOCK_BYTES)
     rows = max(1, memory_bytes // (groups * n * d_in * a.element_size()))
     matrix = a.new_zeros(n, n, dtype=_sum_dtype(a))
     if rows >= d_out:

@@ -1,14 +1,15 @@
-r"""Time of one training step with and without `torch.compile`: AdamW, and FNGD with AdamW's update.
+r"""Measure the time of a step with and without `torch.compile`: AdamW, and FNGD with its update.
 
-For each optimizer its eager and its compiled step run in turns with the eager step of AdamW, to
-which ratios are given, after everything has been compiled. Optimizers follow one another, each with
-an empty cache of graphs: models share the code that is compiled, and would get in each other's way.
+The eager and the compiled step of each optimizer run in turns with the eager step of AdamW, after
+everything has been compiled; the results are median seconds and ratios to that step. Optimizers
+follow one another, each with an empty cache of graphs: models share the code that is compiled, and
+would get in each other's way.
 
     python scripts/bench/compiled.py --d_model 64 --ffn_dim 128 --layers 2 --vocab_size 200 \
         --batch_size 8 --length 10 --threads 1 --repeats 150 \
         --output scripts/bench/results/compiled.json
 
-The layers are small, so that the cost of a graph shows beside them.
+The layers are small, so that the cost of a graph shows.
 """
 
 from __future__ import annotations
@@ -17,34 +18,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import step_time
+import measure
 import torch
-from step_time import interleave, summarise
+from measure import interleave, parse, print_table, summarise, write_results
 from torch._dynamo.utils import counters
-from transformers import HfArgumentParser
-from workload import Workload, make_step, write_results
+from workload import Workload, make_step
 
 OPTIMIZERS = ("adamw", "fngd_adamw later epochs", "fngd_adamw first epoch")
 
 
 @dataclass
-class Options(step_time.Options):
-    """How often, by what, and where to."""
+class Options(measure.Options):
+    """Number of rounds, the compiler's backend, and the result file."""
 
     backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile."})
 
 
-def measure(name: str, workload: Workload, options: Options) -> dict[str, dict[str, Any]]:
-    """Times an optimizer's steps.
-
-    Args:
-        name: A name in `OPTIMIZERS`.
-        workload: Shapes.
-        options: Number of rounds, and the backend.
-
-    Returns:
-        Numbers of its eager and its compiled step.
-    """
+def compare(name: str, workload: Workload, options: Options) -> dict[str, dict[str, Any]]:
+    """Time the eager and the compiled step of one optimizer."""
     torch._dynamo.reset()
     counters.clear()
     steps: dict[str, Callable[[], None]] = {
@@ -62,19 +53,12 @@ def measure(name: str, workload: Workload, options: Options) -> dict[str, dict[s
 
 
 def main() -> None:
-    """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Workload, Options], description=__doc__)
-    workload, options = parser.parse_args_into_dataclasses()
+    """Run the benchmark from the command line."""
+    workload, options = parse([Workload, Options], __doc__)
     table: dict[str, dict[str, Any]] = {}
-    print(f"{'variant':<36}{'step':>10}{'ratio':>8}   quartiles    graphs, breaks")
     for name in OPTIMIZERS:
-        for variant, row in measure(name, workload, options).items():
-            table[variant] = row
-            print(
-                f"{variant:<36}{1000 * row['median_seconds']:>7.1f} ms{row['median_ratio']:>8.3f}"
-                f"   {row['quartile_low']:.3f}-{row['quartile_high']:.3f}"
-                f"   {row.get('graphs', '')} {row.get('graph_breaks', '')}"
-            )
+        table |= compare(name, workload, options)
+    print_table(table)
     write_results(options.output, workload, {"backend": options.backend, "variants": table})
 
 

@@ -1,11 +1,12 @@
-r"""How FNGD's time grows with samples, length, width and layers; and which route a layer takes.
+r"""Measure how FNGD's time grows with samples, length, width and layers.
 
     python scripts/bench/growth.py --repeats 3 --warmup 1 \
         --output scripts/bench/results/growth.json --plot scripts/bench/results/growth.png
 
 A Marian is measured at several values of one size, all others fixed. At each, the steps of AdamW
 and of FNGD's later and first epochs run in turns; `first epoch adds` is the median over rounds of
-the first epoch's step less the later one's. Exponents are slopes of a line through the logarithms.
+the first epoch's step minus the later one's. The results are these seconds, the exponent of each
+(the slope of a line through the logarithms), and the route that a square layer takes.
 """
 
 from __future__ import annotations
@@ -15,23 +16,19 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib
 import numpy as np
-from step_time import Options, interleave
-from transformers import HfArgumentParser
-from workload import Workload, make_step, write_results
+from matplotlib.figure import Figure
+from measure import Options, interleave, parse, write_results
+from workload import Workload, make_step
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-from hf_fngd.solve.gram import choose_route  # noqa: E402
+from hf_fngd.solve.gram import choose_route
 
 STEPS = {
     "AdamW": "adamw",
     "later epochs": "fngd_adamw later epochs",
     "first epoch": "fngd_adamw first epoch",
 }
-# Name of the series, and the workloads' sizes that differ.
+# Name of the series, and the sizes that differ.
 SERIES: dict[str, list[dict[str, int]]] = {
     "samples, 1,280 tokens in all": [
         {"batch_size": n, "length": 1280 // n} for n in (8, 16, 32, 64, 128, 256)
@@ -45,22 +42,16 @@ SERIES: dict[str, list[dict[str, int]]] = {
 
 @dataclass
 class Plot:
-    """Which sizes, and the picture."""
+    """Sizes that grow, and the picture."""
 
-    only: list[str] | None = field(default=None, metadata={"help": "Names of series."})
+    only: list[str] | None = field(
+        default=None, metadata={"help": "Names of series; default: all.", "choices": list(SERIES)}
+    )
     plot: str | None = field(default=None, metadata={"help": "PNG file."})
 
 
 def measure(workload: Workload, options: Options) -> dict[str, float]:
-    """Times the three kinds of steps.
-
-    Args:
-        workload: Shapes.
-        options: Number of rounds.
-
-    Returns:
-        Median seconds of each, and what the first epoch adds to a later one's step.
-    """
+    """Return median seconds of each step, and the seconds that the first epoch adds."""
     seconds = interleave({n: make_step(workload, v) for n, v in STEPS.items()}, options)
     row = {name: statistics.median(values) for name, values in seconds.items()}
     later, first = seconds["later epochs"], seconds["first epoch"]
@@ -69,18 +60,10 @@ def measure(workload: Workload, options: Options) -> dict[str, float]:
 
 
 def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Fits powers of the size that varies.
-
-    Args:
-        rows: Measurements of a series.
-
-    Returns:
-        Exponents by column.
-    """
+    """Fit a power of the size that varies to each column of a series' measurements."""
     sizes = np.log([row["size"] for row in rows])
-    columns = (*STEPS, "first epoch adds")
     found = {}
-    for column in columns:
+    for column in (*STEPS, "first epoch adds"):
         values = np.array([row[column] for row in rows])
         if (values > 0).all():
             found[column] = float(np.polyfit(sizes, np.log(values), 1)[0])
@@ -88,14 +71,9 @@ def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(results: dict[str, Any], file: str) -> None:
-    """Plots time against size.
-
-    Args:
-        results: Measurements and exponents by series.
-        file: PNG file.
-    """
-    size = (4 * len(results), 3.6)
-    figure, axes = plt.subplots(1, len(results), figsize=size, squeeze=False)
+    """Plot time against size, with a panel for each series."""
+    figure = Figure(figsize=(4 * len(results), 3.6))
+    axes = figure.subplots(1, len(results), squeeze=False)
     for axis, (name, series) in zip(axes[0], results.items(), strict=True):
         rows = series["measurements"]
         for step in STEPS:
@@ -111,9 +89,8 @@ def draw(results: dict[str, Any], file: str) -> None:
 
 
 def main() -> None:
-    """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Workload, Options, Plot], description=__doc__)
-    base, options, plot = parser.parse_args_into_dataclasses()
+    """Run the benchmark from the command line."""
+    base, options, plot = parse([Workload, Options, Plot], __doc__)
     results: dict[str, Any] = {}
     for name, variations in SERIES.items():
         if plot.only and name not in plot.only:

@@ -1,39 +1,94 @@
-r"""Time and memory of a training step of every method, by ratio to SGD.
+r"""Measure time and memory of a training step of every method, by ratio to SGD.
 
-Steps of a method differ: some update curvature, most do not. Each kind is timed by itself, all
-methods and kinds interleaved round by round in one process, and a method's step is the mean of its
-kinds, weighted by how often they occur. Peak memory is the largest resident set of a process of its
-own that runs each kind of step.
+Steps of a method differ: some update curvature, most do not. Each method runs its kinds of steps
+one after the other, all methods take turns in one process, and a method's step is the mean of its
+kinds, weighted by how often they occur. Peak memory is the largest resident set of a separate
+process that runs each kind of step.
 
     python scripts/bench/methods.py --shapes resnet18 --batch_size 128 \
-        --output scripts/bench/results/resnet18.json
+        --output scripts/bench/results/methods_resnet18.json
 
-Where the package `kfac` (kfac-pytorch) can be imported, it is measured beside our KFAC.
+If the package `kfac` (kfac-pytorch) can be imported, it is measured next to our KFAC.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
-from kinds_of_steps import VARIANTS, Runner
-from memory import peak_mib, peak_of
-from transformers import HfArgumentParser
-from workload import Workload, write_results
+import torch
+from measure import parse, print_table, write_results
+from memory import peak_of, print_peak
+from workload import Workload
+
+from hf_fngd import FNGD, create_preconditioned_optimizer
+
+
+@dataclass
+class Method:
+    """A method, and the kinds of steps that it has.
+
+    Its settings are such that the kinds take turns, in the order in which the schedules name them.
+
+    Attributes:
+        settings: Settings of our optimizer, `method` among them; None for others.
+        schedules: How often each kind of step occurs, by name of the schedule.
+    """
+
+    settings: dict[str, Any] | None = None
+    schedules: dict[str, dict[str, float]] = field(default_factory=lambda: {"": {"step": 1.0}})
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of steps, in the order in which they are run."""
+        return list(dict.fromkeys(kind for kinds in self.schedules.values() for kind in kinds))
+
+
+def every(period: int, update: str, between: str) -> dict[str, float]:
+    """Return the shares of the steps that update and of the others."""
+    return {update: 1 / period, between: 1 - 1 / period}
+
+
+# The inverse solver, since decompositions of factors of 4608 rows take minutes on a CPU.
+_KFAC = {"method": "kfac", "kfac_solver": "inverse", "inverse_period": 2}
+_INVERSE = {
+    f"inverse every {period}": every(period, "inverse", "factors only") for period in (10, 100)
+}
+METHODS = {
+    "sgd": Method(),
+    "adamw": Method(),
+    "muon": Method({"method": "plain", "update_rule": "muon"}),
+    "sgd_rms": Method({"method": "plain", "update_rule": "sgd", "update_scale": "rms"}),
+    "fngd": Method(
+        {"method": "fngd", "update_scale": "none", "refresh_every": 2},
+        {"later epochs": {"reuse": 1.0}, "first epoch": {"collect": 1.0}},
+    ),
+    "kfac": Method(_KFAC, _INVERSE),
+    "kfac reduce": Method({**_KFAC, "kfac_approx": "reduce"}, _INVERSE),
+    "kfac-pytorch": Method(None, _INVERSE),
+    "eva": Method({"method": "eva"}),
+    "tengrad": Method(
+        {"method": "tengrad", "update_period": 2}, {"every 100": every(100, "update", "between")}
+    ),
+    "seng": Method(
+        {"method": "seng", "update_period": 2}, {"every 200": every(200, "update", "between")}
+    ),
+}
 
 
 @dataclass
 class Options:
-    """What is measured, how often, and where to."""
+    """Methods to measure, number of rounds, and the result file."""
 
     rounds: int = field(default=5, metadata={"help": "Timed rounds."})
     memory_repeats: int = field(default=1, metadata={"help": "Processes of each method; 0: none."})
     methods: list[str] | None = field(
-        default=None, metadata={"help": "Labels of the methods; by default all."}
+        default=None,
+        metadata={"help": "Methods besides sgd; default: all.", "choices": list(METHODS)},
     )
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
     only: str | None = field(
@@ -41,25 +96,67 @@ class Options:
     )
 
 
-def chosen(options: Options) -> list[str]:
-    """Lists the methods to measure.
+class Runner:
+    """One method on its own copy of the model.
 
     Args:
-        options: Command line.
-
-    Returns:
-        Labels, SGD first.
+        name: A name in `METHODS`.
+        workload: Model and batch.
     """
-    known = [
-        label
-        for label, variant in VARIANTS.items()
-        if variant.package is None or importlib.util.find_spec(variant.package)
-    ]
-    return [label for label in known if not options.methods or label in ("sgd", *options.methods)]
+
+    def __init__(self, name: str, workload: Workload) -> None:
+        self.workload = workload
+        self.model, self.batch = workload.model(), workload.batch()
+        rate, settings = workload.learning_rate, METHODS[name].settings
+        self.epoch = 0
+        self.peer: Any = None
+        self.optimizer: torch.optim.Optimizer
+        if settings is not None:
+            self.optimizer = create_preconditioned_optimizer(self.model, lr=rate, **settings)
+        elif name == "adamw":
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, fused=True)
+        else:
+            self.optimizer = torch.optim.SGD(
+                self.model.parameters(), lr=rate, momentum=0.9, fused=True
+            )
+        if name == "kfac-pytorch":
+            from kfac.preconditioner import KFACPreconditioner
+
+            self.peer = KFACPreconditioner(
+                self.model,
+                factor_update_steps=1,
+                inv_update_steps=2,
+                compute_method="inverse",
+                damping=0.003,
+                lr=rate,
+                skip_layers=["lm_head"],
+            )
+
+    def prepare(self) -> None:
+        """Begin an epoch with each step: FNGD reuses coefficients in the odd ones."""
+        self.epoch += 1
+        if isinstance(self.optimizer, FNGD):
+            self.optimizer.start_epoch(self.epoch)
+
+    def step(self) -> None:
+        """Train one step."""
+        if isinstance(self.optimizer, FNGD):
+            self.optimizer.set_batch(range(self.workload.batch_size))
+        self.workload.loss(self.model, self.batch).backward()
+        if self.peer is not None:
+            self.peer.step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def chosen(options: Options) -> list[str]:
+    """List the methods to measure, SGD first."""
+    known = [n for n in METHODS if n != "kfac-pytorch" or importlib.util.find_spec("kfac")]
+    return [n for n in known if not options.methods or n in ("sgd", *options.methods)]
 
 
 def time_steps(workload: Workload, options: Options) -> dict[str, dict[str, list[float]]]:
-    """Times all kinds of steps, interleaved; the first round is not counted.
+    """Time all kinds of steps in turns; the first round is not counted.
 
     Args:
         workload: Model and batch.
@@ -68,25 +165,24 @@ def time_steps(workload: Workload, options: Options) -> dict[str, dict[str, list
     Returns:
         Seconds of every timed step, by method and kind.
     """
-    runners = {label: Runner(label, workload) for label in chosen(options)}
+    runners = {name: Runner(name, workload) for name in chosen(options)}
     seconds: dict[str, dict[str, list[float]]] = {
-        label: {kind: [] for kind in VARIANTS[label].kinds} for label in runners
+        name: {kind: [] for kind in METHODS[name].kinds} for name in runners
     }
     for round_number in range(options.rounds + 1):
-        for label, runner in runners.items():
-            for kind in VARIANTS[label].kinds:
-                runner.prepare(kind)
+        for name, runner in runners.items():
+            for values in seconds[name].values():
+                runner.prepare()
                 begin = time.perf_counter()
                 runner.step()
-                taken = time.perf_counter() - begin
                 if round_number:
-                    seconds[label][kind].append(taken)
+                    values.append(time.perf_counter() - begin)
         print(f"round {round_number} of {options.rounds}", file=sys.stderr, flush=True)
     return seconds
 
 
-def summarise(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
-    """Gives medians, and the mean step at the usual periods by ratio to SGD's.
+def summarise(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """Compute medians, and the mean step of each schedule by ratio to SGD's.
 
     Args:
         seconds: Result of `time_steps`.
@@ -94,16 +190,16 @@ def summarise(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
     Returns:
         Numbers by method and schedule.
     """
-    table: dict[str, dict] = {}
+    table: dict[str, dict[str, Any]] = {}
     sgd = seconds["sgd"]["step"]
-    for label, kinds in seconds.items():
-        for schedule, shares in VARIANTS[label].schedules.items():
+    for name, kinds in seconds.items():
+        for schedule, shares in METHODS[name].schedules.items():
             rounds = [
                 sum(shares[kind] * kinds[kind][i] for kind in shares) for i in range(len(sgd))
             ]
             ratios = sorted(one / base for one, base in zip(rounds, sgd, strict=True))
-            table[f"{label}, {schedule}" if schedule else label] = {
-                "method": label,
+            table[f"{name}, {schedule}" if schedule else name] = {
+                "method": name,
                 "seconds": statistics.median(rounds),
                 "ratio": statistics.median(ratios),
                 "lowest_ratio": ratios[0],
@@ -114,31 +210,25 @@ def summarise(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
 
 
 def main() -> None:
-    """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Options, Workload], description=__doc__)
-    options, workload = parser.parse_args_into_dataclasses()
+    """Run the benchmark from the command line."""
+    options, workload = parse([Options, Workload], __doc__)
     if options.only:
         runner = Runner(options.only, workload)
-        for kind in VARIANTS[options.only].kinds * 2:
-            runner.prepare(kind)
+        for _ in METHODS[options.only].kinds * 2:
+            runner.prepare()
             runner.step()
-        print(json.dumps({"peak_mib": peak_mib()}))
+        print_peak()
         return
-    peaks: dict[str, float] = {}
-    for label in chosen(options) if options.memory_repeats else ():
-        command = [*sys.argv[1:], "--only", label]
-        peaks[label] = min(peak_of(command) for _ in range(options.memory_repeats))
+    peaks = {
+        name: min(peak_of([*sys.argv[1:], "--only", name], options.memory_repeats))
+        for name in (chosen(options) if options.memory_repeats else ())
+    }
     table = summarise(time_steps(workload, options))
     for row in table.values():
         if row["method"] in peaks:
             row["peak_mib"] = peaks[row["method"]]
             row["memory_ratio"] = peaks[row["method"]] / peaks["sgd"]
-    for name, row in table.items():
-        print(
-            f"{name:<34}{1000 * row['seconds']:>9.0f} ms{row['ratio']:>8.2f}"
-            f"  ({row['lowest_ratio']:.2f}-{row['highest_ratio']:.2f})"
-            f"{row.get('peak_mib', 0):>8.0f} MiB"
-        )
+    print_table(table)
     write_results(options.output, workload, table)
 
 

@@ -1,11 +1,11 @@
-r"""Where a step of FNGD spends what a step of AdamW does not: operators by torch's profiler.
+r"""Profile the operators in which a step of FNGD spends more time than a step of AdamW.
 
     python scripts/bench/profile_step.py --shapes resnet18 --batch_size 128 --repeats 3 \
         --variant "fngd_adamw first epoch" --output scripts/bench/results/profile/resnet18_b128.json
 
-Both steps run in turns under the profiler. For each operator: milliseconds of its own (without the
-operators it calls) in a step of either kind, the median over steps; those that differ most come
-first. `Python and autograd` is what of the step's wall time no operator accounts for.
+Both steps run in turns under torch's profiler. The result is, for each operator, its milliseconds
+in a step of either kind, without the operators that it calls: the median over steps. Operators that
+differ most come first. `Python and autograd` is the rest of the step's wall time.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from measure import parse, write_results
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
-from transformers import HfArgumentParser
-from workload import VARIANTS, Workload, make_step, write_results
+from workload import VARIANTS, Workload, make_step
 
 REST = "Python and autograd"
 
 
 @dataclass
 class Options:
-    """What is compared, and where to."""
+    """The step to compare, number of steps, and the result file."""
 
     variant: str = field(
         default="fngd_adamw later epochs",
-        metadata={"help": "Beside adamw.", "choices": list(VARIANTS)},
+        metadata={"help": "Step to compare with adamw's.", "choices": list(VARIANTS)},
     )
     repeats: int = field(default=8, metadata={"help": "Profiled steps of each."})
     rows: int = field(default=6, metadata={"help": "Operators shown."})
@@ -38,14 +38,7 @@ class Options:
 
 
 def operators(step: Callable[[], object]) -> dict[str, float]:
-    """Profiles one step.
-
-    Args:
-        step: A training step.
-
-    Returns:
-        Milliseconds by operator; their sum is the step's wall time.
-    """
+    """Return milliseconds of one step by operator; their sum is the step's wall time."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         begin = time.perf_counter()
         step()
@@ -59,9 +52,8 @@ def operators(step: Callable[[], object]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Runs the comparison from the command line."""
-    parser = HfArgumentParser([Workload, Options], description=__doc__)
-    workload, options = parser.parse_args_into_dataclasses()
+    """Run the benchmark from the command line."""
+    workload, options = parse([Workload, Options], __doc__)
     steps = {name: make_step(workload, name) for name in ("adamw", options.variant)}
     for step in steps.values():
         step()

@@ -1,11 +1,11 @@
-"""Memory of the coefficient store, and time of its look-ups beside a training step.
+"""Measure the memory of the coefficient store, and its look-ups against a training step.
 
     python scripts/bench/store.py --repeats 8 --warmup 1 --output scripts/bench/results/store.json
 
 Before each look-up comes a training step, so it finds the caches as a step leaves them. `numbers`
-are the row numbers of FNGDTrainer, `hashes` the 64-bit ids of a stock Trainer, which need a
-dictionary beside the table. The ids of a batch lie anywhere in the data set. A file is looked up as
-it is after writing, in the system's cache.
+are the row numbers of FNGDTrainer, `hashes` the 64-bit ids of a stock Trainer, which also need a
+dictionary. The ids of a batch lie anywhere in the data set. A file is looked up as it is after
+writing, in the system's cache. Memory for --paper_rows is computed, not measured.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from step_time import Options, interleave
+from measure import Options, interleave, parse, write_results
 from tabulate import tabulate
-from transformers import HfArgumentParser
-from workload import Workload, make_step, write_results
+from workload import Workload, make_step
 
-from hf_fngd.sample_store import SampleStore
+from hf_fngd.methods.stores import SampleStore
 
 MIB = 2**20
 VARIANT = "fngd_adamw later epochs"
@@ -40,7 +39,7 @@ STORES = (
 
 @dataclass
 class Stores:
-    """What is stored."""
+    """Sizes of the store."""
 
     rows: list[int] = field(
         default_factory=lambda: [10_000, 100_000, 1_000_000],
@@ -54,18 +53,14 @@ class Stores:
 
 @dataclass
 class Probe:
-    """A filled store and what is asked of it."""
+    """A filled store, and batches of ids to look up."""
 
     row: dict[str, Any]
     store: SampleStore
     batches: Sequence[list[int]]
 
     def look_up(self) -> Callable[[], object]:
-        """Gives a function that does what an announced batch does in later epochs.
-
-        Returns:
-            The function; each call looks up the next batch.
-        """
+        """Return a function that looks up the next batch, as FNGD does in later epochs."""
         batches = itertools.cycle(self.batches)
 
         def run() -> None:
@@ -79,14 +74,14 @@ class Probe:
 def fill(
     workload: Workload, stores: Stores, rows: int, kind: tuple[str, str, bool], folder: str
 ) -> Probe:
-    """Fills a store.
+    """Fill a store of one of the kinds in `STORES`, and measure its memory.
 
     Args:
-        workload: Gives the batch size.
-        stores: Gives the number of layers.
+        workload: Workload, for its batch size.
+        stores: Number of layers.
         rows: Rows of the data set.
         kind: One of `STORES`.
-        folder: Where a file goes.
+        folder: Folder of the file.
 
     Returns:
         The store, with its memory.
@@ -123,24 +118,15 @@ def fill(
 
 
 def on_paper(row: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Computes the memory for more rows: all of it is proportional to them.
-
-    Args:
-        row: Memory that was measured.
-        rows: Rows of the larger data set.
-
-    Returns:
-        The row for that.
-    """
+    """Compute the memory for more rows: all of it is proportional to them."""
     factor = rows / row["rows"]
     kept = {name: row[name] for name in ("dtype", "ids", "file")}
     return {"rows": rows, **kept, **{n: row[n] * factor for n in ("table_mib", "beside_mib")}}
 
 
 def main() -> None:
-    """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Workload, Stores, Options], description=__doc__)
-    workload, stores, options = parser.parse_args_into_dataclasses()
+    """Run the benchmark from the command line."""
+    workload, stores, options = parse([Workload, Stores, Options], __doc__)
     step = make_step(workload, VARIANT)
     turns: dict[tuple[str, int], Callable[[], object]] = {}
     with tempfile.TemporaryDirectory() as folder:

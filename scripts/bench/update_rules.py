@@ -1,7 +1,8 @@
-"""Time of the update rules alone, against torch.optim.AdamW(fused=True) on the same weights.
+"""Measure the time of the update rules alone, against torch.optim.AdamW(fused=True).
 
-All run in one process, interleaved (A B C A B C …); medians and quartiles of the ratios to AdamW in
-the same round. The weights are those of a Transformer's linear layers.
+All run in one process, in turns (A B C A B C …); the results are median seconds, and medians and
+quartiles of the ratios to AdamW in the same round. The weights are those of a Transformer's linear
+layers.
 
     python scripts/bench/update_rules.py --output scripts/bench/results/update_rules.json
 """
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from step_time import Options, report
+from measure import Options, parse, report
 from torch import Tensor
-from transformers import HfArgumentParser
 
-from hf_fngd.update_rules import apply_rule
+from hf_fngd.rules import apply_rule
 
 
 @dataclass
@@ -36,59 +37,32 @@ GROUP = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "momentum": 0.9,
-    "nesterov": False,
     "update_scale": "none",
 }
 RULES: dict[str, dict[str, Any]] = {
     "sgd": {},
     "sgd, update_scale=rms": {"update_scale": "rms"},
     "adamw": {},
-    "muon": {"nesterov": True},
+    "muon": {},
 }
 
 
-def make(shapes: Weights) -> dict[str, Callable[[], None]]:
-    """Gives every rule weights of its own.
-
-    Args:
-        shapes: Shapes of the weights.
-
-    Returns:
-        A step of each.
-    """
-    steps: dict[str, Callable[[], None]] = {
-        "torch.optim.AdamW(fused=True)": torch.optim.AdamW(
-            weights(shapes), 1e-3, weight_decay=0.0, fused=True
-        ).step,
-        "torch.optim.AdamW(fused=False)": torch.optim.AdamW(
-            weights(shapes), 1e-3, weight_decay=0.0, fused=False
-        ).step,
-    }
+def make(shapes: Weights) -> dict[str, Callable[[], object]]:
+    """Return a step of each rule, with separate weights."""
+    steps: dict[str, Callable[[], object]] = {}
+    for fused in (True, False):
+        adamw = torch.optim.AdamW(weights(shapes), 1e-3, weight_decay=0.0, fused=fused)
+        steps[f"torch.optim.AdamW({fused=})"] = adamw.step
     for name, changes in RULES.items():
         params = weights(shapes)
         states: list[dict[str, Any]] = [{} for _ in params]
-
-        def step(
-            rule: str = name.partition(",")[0],
-            params: list[Tensor] = params,
-            states: list[dict[str, Any]] = states,
-            group: dict[str, Any] = GROUP | changes,
-        ) -> None:
-            apply_rule(rule, params, states, group)
-
+        step = partial(apply_rule, name.partition(",")[0], params, states, GROUP | changes)
         steps[f"hf_fngd: {name}"] = torch.no_grad()(step)
     return steps
 
 
 def weights(shapes: Weights) -> list[Tensor]:
-    """Makes the linear layers' weights of a Transformer, with gradients.
-
-    Args:
-        shapes: Shapes of the weights.
-
-    Returns:
-        Parameters.
-    """
+    """Draw the weights of a Transformer's linear layers, with gradients."""
     torch.manual_seed(0)
     width, inner = shapes.d_model, shapes.ffn_dim
     block = [(width, width)] * 12 + [(inner, width), (width, inner)] * 2
@@ -100,9 +74,8 @@ def weights(shapes: Weights) -> list[Tensor]:
 
 
 def main() -> None:
-    """Runs the benchmark from the command line."""
-    parser = HfArgumentParser([Weights, Options], description=__doc__)
-    shapes, options = parser.parse_args_into_dataclasses()
+    """Run the benchmark from the command line."""
+    shapes, options = parse([Weights, Options], __doc__)
     torch.set_num_threads(shapes.threads)
     report(make(shapes), options, shapes)
 

@@ -19,10 +19,10 @@ from hf_fngd import FNGDError
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what to do."""
+    """An argument or a file cannot be used; the message says what to do."""
 
 
-# What a settings file says of its data, or of its optimizer, holds for no other.
+# Arguments of a settings file that belong to its data or its optimizer, and to no other.
 _SPLITS = ("train", "validation", "test")
 _DATA = {"dataset_name", *(f"{split}_{kind}" for split in _SPLITS for kind in ("file", "dir"))}
 _BELONG = (
@@ -32,30 +32,31 @@ _BELONG = (
 
 
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and names defaults."""
+    """Keep the lines of the description, and show defaults."""
 
 
 def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
-    """Reads the command line, or a JSON file with the same arguments; flags after it come first.
+    """Read the command line, or a JSON file with the same arguments; flags after it override it.
 
-    With a flag that names other data or another optimizer, what the file says of its own goes.
+    A flag that names other data or another optimizer also drops the file's settings for its own.
 
     Args:
-        kinds: Dataclasses of arguments; the last one is that of the training arguments.
+        kinds: Dataclasses of arguments; the training arguments come last.
         description: Text of `--help`.
 
     Returns:
         An instance of each.
 
     Raises:
-        InputError: If the file cannot be read, settings contradict each other, or nothing is to be
-            done.
+        InputError: If the file cannot be read, arguments are unknown or contradict each other, or
+            no action is asked for.
     """
     parser = HfArgumentParser(
         list(kinds),
+        prog=Path(sys.argv[0]).stem,
         description=description,
         formatter_class=_Help,
-        usage="%(prog)s [SETTINGS.json] [--name value ...] (see --help)",
+        usage="%(prog)s.py [SETTINGS.json] [--name value ...] (see --help)",
     )
     settings = next((word for word in sys.argv[1:2] if word.endswith(".json")), None)
     try:
@@ -78,21 +79,21 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
     if Path(folder).is_file():
         raise InputError(f"--output_dir {folder!r} is a file: choose a folder")
     if str(args.resume_from_checkpoint).lower() == "true":
-        # The last checkpoint; the Trainer would take a flag's word for a folder.
+        # True means the last checkpoint; the Trainer would take the text for a folder.
         args.resume_from_checkpoint = True
     _hide_token(args)
     return parsed
 
 
 def _flags(parser: HfArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    # Without defaults nothing is parsed but what stands on the command line.
+    # Without defaults, only the arguments on the command line are parsed.
     for action in parser._actions:
         action.required, action.default = False, SUPPRESS
     return vars(parser.parse_args(words))
 
 
 def _hide_token(args: TrainingArguments) -> None:
-    """Moves a token into the environment: training_args.bin and the card's command are public."""
+    """Move a token into the environment: training_args.bin and the card's command are public."""
     if args.hub_token:
         os.environ["HF_TOKEN"] = token = args.hub_token
         args.hub_token = None
@@ -100,7 +101,7 @@ def _hide_token(args: TrainingArguments) -> None:
 
 
 def quieten(args: TrainingArguments) -> None:
-    """Leaves the Trainer's progress bar as the only one, and an error as the only line.
+    """Keep the Trainer's progress bar alone, so that an error is the only line.
 
     Args:
         args: Training arguments.
@@ -108,25 +109,25 @@ def quieten(args: TrainingArguments) -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
-    # The DataLoader's, on every machine without an accelerator.
+    # The DataLoader warns on every machine without an accelerator.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
     if args.should_log:
         transformers.utils.logging.set_verbosity_warning()
 
 
 def exit_code(name: str, main: Callable[[], None]) -> int:
-    """Runs a script; what the user can mend ends it with one line on stderr.
+    """Run a script; an error that the user can fix ends it with one line on stderr.
 
     Args:
         name: Name of the script.
-        main: What it does.
+        main: Its main function.
 
     Returns:
-        Exit code.
+        Exit code: 2 after such an error, as argparse has it, else 0.
     """
     try:
         main()
     except (InputError, FNGDError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_fngd
 from common.baselines import baselines
-from common.source import describe
+from common.source import describe, test_name
 from hf_fngd.hf.callback import unwrap_optimizer
 from hf_fngd.hf.registry import split_words
 from hf_fngd.layers.selection import layer_table
@@ -47,7 +47,7 @@ class Task:
 
         Returns:
             `test` or `validation`, and the scores by metric: the task's own first, then others;
-            those of further test sets as `bleu_` and the name of the set.
+            those of further test sets end with `_` and the name of the set.
         """
         split = next((name for name in ("test", "validation") if found.get(name)), "test")
         read = scores(found.get(split, {}), "eval" if split == "validation" else "test")
@@ -218,7 +218,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
     task = TASKS[next(named, "image-classification")]
     optimizer = found.get("optimizer")
     split, read = task.scores(found)
-    further = tuple(f"{name}_" for name in task.metrics)
+    further = tuple(f"_{test_name(path)}" for path in data.get("extra_test_file", ()))
     tested = found.get(split, {})
     places = SimpleNamespace(**data)
     model = found["settings"]["model"]
@@ -241,8 +241,8 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         seed=training["seed"],
         curves="curves.png" if found["history"] else None,
         coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,
-        metrics={name: value for name, value in read.items() if not name.startswith(further)},
-        further={name: value for name, value in read.items() if name.startswith(further)},
+        metrics={name: value for name, value in read.items() if not name.endswith(further)},
+        further={name: value for name, value in read.items() if name.endswith(further)},
         baselines=baselines(found, folder, task.scores),
         signatures={n: tested[f"{n}_signature"] for n in read if f"{n}_signature" in tested},
         limits=[limit for limit in limits if limit],

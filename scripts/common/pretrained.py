@@ -12,14 +12,14 @@ from common.arguments import InputError
 
 @dataclass
 class PretrainedArguments:
-    """A pretrained model, and what of it is trained."""
+    """A pretrained model, and whether it trains as a whole or by adapters."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub id or local folder."}
     )
     lora_rank: int | None = field(
         default=None,
-        metadata={"help": "Train LoRA adapters of this rank on all linear layers, and no more."},
+        metadata={"help": "Train only LoRA adapters of this rank, on all linear layers."},
     )
     lora_alpha: int | None = field(
         default=None, metadata={"help": "Scale of the adapters; default: twice their rank."}
@@ -29,22 +29,21 @@ class PretrainedArguments:
 def load_pretrained(
     args: PretrainedArguments, kind: Any, wanted: str, max_length: int, options: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
         args: Model arguments, with a name.
-        kind: Auto class of the model, as `AutoModelForCausalLM`.
-        wanted: What a model without such a head lacks, and which to choose.
+        kind: Auto class of the model, such as `AutoModelForCausalLM`.
+        wanted: The head that the model must have, and which models have it, for the error.
         max_length: Longest sequence in tokens that it must take.
-        options: What to lower if it does not.
+        options: Options to lower if it does not, for the error.
 
     Returns:
         Model and tokenizer.
 
     Raises:
-        InputError: If there is no such model, it has no such head, or takes no sequences of this
-            length.
-        ValueError: As transformers raises it for any other reason.
+        InputError: If there is no such model, or it lacks the head or the length.
+        ValueError: For any other reason that transformers has.
     """
     name = args.model_name_or_path
     try:
@@ -66,18 +65,18 @@ def load_pretrained(
 
 
 def with_adapters(model: PreTrainedModel, args: PretrainedArguments, task: str) -> Any:
-    """Puts LoRA adapters on a model, if `lora_rank` says so.
+    """Put LoRA adapters on a model, if `lora_rank` is given.
 
     Args:
         model: The model.
         args: Model arguments.
-        task: PEFT's name of the task, as `CAUSAL_LM`.
+        task: PEFT's name of the task, such as `CAUSAL_LM`.
 
     Returns:
         The model, or a PeftModel around it.
 
     Raises:
-        InputError: If peft is missing, or refuses.
+        InputError: If peft is missing or refuses the model.
     """
     if args.lora_rank is None:
         return model

@@ -1,4 +1,4 @@
-"""Training of sequence-to-sequence models, scored by the texts that they generate."""
+"""Sequence-to-sequence models: tokens, the Trainer, and the scores of generated texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from common import report
-from common.training import TrainingClock, is_ours
+from common.metrics import Metric, MetricArguments, load_metrics, rehearse, score_all
+from common.training import make_trainer
 from hf_fngd import FNGDSeq2SeqTrainer
 from hf_fngd.hf.trainer import LossScaleMixin
 from hf_fngd.report.card import CardMixin
@@ -29,14 +30,17 @@ SHOWN = 10
 
 
 class InOrderMixin(Seq2SeqTrainer):
-    """Evaluates in the order of the data, also under group_by_length: references have no ids."""
+    """Trainer mixin: evaluation keeps the order of the data, because references have no ids.
+
+    Under `group_by_length` the Trainer would sort the rows.
+    """
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> SequentialSampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
-class FNGDWriter(InOrderMixin, CardMixin, HubMixin, FNGDSeq2SeqTrainer):
-    """The Trainer for `--optim fngd…`."""
+class ScriptWriter(InOrderMixin, CardMixin, HubMixin, FNGDSeq2SeqTrainer):
+    """The Trainer for the optimizers of hf_fngd."""
 
 
 class BaselineWriter(InOrderMixin, CardMixin, HubMixin, LossScaleMixin, Seq2SeqTrainer):
@@ -44,29 +48,33 @@ class BaselineWriter(InOrderMixin, CardMixin, HubMixin, LossScaleMixin, Seq2SeqT
 
 
 class ComputeMetrics:
-    """What the Trainer calls with generated tokens; keeps the last texts.
+    """The Trainer's `compute_metrics`: scores generated tokens as texts, and keeps the texts.
 
-    The references are the texts as they stand in the data: decoding the labels would lose what the
-    vocabulary cannot write.
+    The references are the texts of the data. Decoded labels would lack what the vocabulary cannot
+    write.
 
     Args:
         tokenizer: The tokenizer.
-        score: Gives the metrics of texts and their references; what is no number is left out.
+        score: Function that returns the scores of texts and their references, and notes on them.
+        more: Further metrics. Where one has a number of the same name as `score`, that of `score`
+            stays.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         score: Callable[[Sequence[str], Sequence[str]], dict[str, Any]],
+        more: Sequence[Metric] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.score = score
+        self.score, self.more = score, more
         self.references: Sequence[str] = []
         self.predictions: list[str] = []
+        self.scores: dict[str, Any] = {}
         self._labels: list[list[int]] = []
 
     def expect(self, references: Sequence[str], labels: Sequence[list[int]]) -> None:
-        """Says what the next evaluations score, since the Trainer does not.
+        """Set the references of the next evaluations.
 
         Args:
             references: Reference texts, in the order of the data.
@@ -79,13 +87,13 @@ class ComputeMetrics:
         return row[(row != -100) & (row != self.tokenizer.pad_token_id)].tolist()
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Scores one evaluation.
+        """Score one evaluation.
 
         Args:
             prediction: Generated tokens, and the labels.
 
         Returns:
-            The metrics.
+            The scores; `scores` has the notes as well.
 
         Raises:
             RuntimeError: If the rows come in another order than the references.
@@ -96,12 +104,28 @@ class ComputeMetrics:
         self.predictions = decode(
             self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens
         )
-        scores = self.score(self.predictions, self.references)
-        return {name: value for name, value in scores.items() if isinstance(value, float)}
+        more = score_all(self.more, {"string": self.predictions}, {"string": self.references})
+        self.scores = self.score(self.predictions, self.references)
+        self.scores |= {name: value for name, value in more.items() if name not in self.scores}
+        return {name: value for name, value in self.scores.items() if isinstance(value, float)}
+
+
+def load_text_metrics(args: MetricArguments) -> list[Metric]:
+    """Load the further metrics of the command line, and try them on two texts.
+
+    Args:
+        args: Metric arguments.
+
+    Returns:
+        The metrics.
+    """
+    metrics = load_metrics(args, "string")
+    rehearse(metrics, string=["A first text.", "A second one."])
+    return metrics
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
-    """Turns token ids into text.
+    """Turn token ids into text.
 
     Args:
         tokenizer: The tokenizer.
@@ -117,12 +141,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
 def tokenize(
     pairs: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> datasets.Dataset:
-    """Turns pairs of texts into model inputs.
+    """Turn pairs of texts into model inputs.
 
     Args:
         pairs: Columns `source` and `target`.
         tokenizer: The tokenizer.
-        args: Length limits and prefix.
+        args: Data arguments: length limits and prefix.
 
     Returns:
         Columns `input_ids`, `attention_mask` and `labels`.
@@ -139,49 +163,51 @@ def tokenize(
     return pairs.map(encode, batched=True, remove_columns=pairs.column_names)
 
 
-def make_trainer(
+def make_writer(
     model: PreTrainedModel,
     args: Seq2SeqTrainingArguments,
-    max_target_length: int,
-    tokens: dict[str, datasets.Dataset],
+    data_args: Any,
+    pairs: datasets.DatasetDict,
     metrics: ComputeMetrics,
-) -> Seq2SeqTrainer:
-    """Makes the Trainer that the optimizer needs.
+) -> tuple[Seq2SeqTrainer, dict[str, datasets.Dataset]]:
+    """Create the Trainer that the optimizer needs; it evaluates by generated texts.
 
     Args:
         model: The model.
         args: Training arguments.
-        max_target_length: Longest text that is generated, unless the arguments name another.
-        tokens: What `tokenize` made of each split.
-        metrics: What scores an evaluation.
+        data_args: Data arguments: length limits and prefix.
+        pairs: Columns `source` and `target` of each split.
+        metrics: The scores of an evaluation.
 
     Returns:
-        The Trainer, with a clock.
+        The Trainer, and the tokens of each split.
     """
     args.predict_with_generate = True
-    args.generation_max_length = args.generation_max_length or max_target_length
-    kind = FNGDWriter if is_ours(args.optim) else BaselineWriter
-    return kind(
+    args.generation_max_length = args.generation_max_length or data_args.max_target_length
+    tokenizer = metrics.tokenizer
+    tokens = {split: tokenize(rows, tokenizer, data_args) for split, rows in pairs.items()}
+    if "validation" in pairs:
+        metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
+    trainer = make_trainer(
+        args,
+        (ScriptWriter, BaselineWriter),
         model=model,
-        args=args,
         train_dataset=tokens.get("train"),
         eval_dataset=tokens.get("validation"),
-        data_collator=DataCollatorForSeq2Seq(
-            metrics.tokenizer, model=model, pad_to_multiple_of=None
-        ),
-        processing_class=metrics.tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=None),
+        processing_class=tokenizer,
         compute_metrics=metrics,
-        callbacks=[TrainingClock()],
     )
+    return trainer, tokens
 
 
 def write_predictions(folder: Path, pairs: datasets.Dataset, predictions: Sequence[str]) -> Path:
-    """Writes predictions.jsonl, and prints the first rows.
+    """Write predictions.jsonl, and print the first rows.
 
     Args:
         folder: Output folder.
         pairs: Columns `source` and `target` of the test set.
-        predictions: What was generated for them.
+        predictions: The generated texts.
 
     Returns:
         The file.

@@ -1,4 +1,4 @@
-"""Where the rows of a data set come from: the Hub or local files."""
+"""Rows of a data set: from the Hub or from local files."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class SourceArguments:
     )
     train_file: str | None = field(default=None, metadata={"help": "Local file."})
     validation_file: str | None = field(
-        default=None, metadata={"help": "Like train_file; evaluated during training."}
+        default=None, metadata={"help": "Like train_file; evaluated during the training."}
     )
     test_file: str | None = field(
         default=None, metadata={"help": "Like train_file; predicted once, at the end."}
     )
     dataset_label: str | None = field(
-        default=None, metadata={"help": "What the model card calls the data."}
+        default=None, metadata={"help": "Name of the data on the model card."}
     )
     dataset_id: str | None = field(
         default=None,
-        metadata={"help": "Hub id of the data set that local files are of, for card and results."},
+        metadata={"help": "Hub id of the data set from which the local files are, for the card."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only the first training rows."}
@@ -50,7 +50,7 @@ class SourceArguments:
 
 
 def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
-    """Loads a data set of the Hub.
+    """Load a data set of the Hub.
 
     Args:
         name: Its id.
@@ -70,7 +70,7 @@ def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
 
 
 def load_file(split: str, name: str, builders: dict[str, str]) -> datasets.Dataset:
-    """Loads one local file, so that an error can name it.
+    """Load one local file, so that an error can name it.
 
     Args:
         split: `train`, `validation` or `test`.
@@ -81,7 +81,7 @@ def load_file(split: str, name: str, builders: dict[str, str]) -> datasets.Datas
         All rows.
 
     Raises:
-        InputError: If it does not exist, is empty, of another kind or damaged.
+        InputError: If it does not exist, is empty, of another kind, or damaged.
     """
     if not Path(name).is_file():
         raise InputError(f"--{split}_file: there is no file {name!r}: check the path")
@@ -100,14 +100,14 @@ def load_file(split: str, name: str, builders: dict[str, str]) -> datasets.Datas
 
 
 def load_columns(args: SourceArguments, columns: dict[str, str]) -> datasets.DatasetDict:
-    """Loads columns of text of all splits, and checks them.
+    """Load and check columns of text of all splits.
 
     Args:
         args: Data arguments.
-        columns: Where each column comes from: its name, or its path in nested rows, as `a.b`.
+        columns: Source of each column: a name, or a path in nested rows, such as `a.b`.
 
     Returns:
-        The splits that exist, with `columns` and no others.
+        The splits that exist, with `columns` only.
 
     Raises:
         InputError: For a missing file, an empty split, or rows without text.
@@ -152,7 +152,7 @@ def _texts(rows: datasets.Dataset, split: str, path: str) -> list[str]:
 
 
 def first_rows(rows: datasets.Dataset, split: str, args: Any) -> datasets.Dataset:
-    """Keeps as many rows as `max_..._samples` says.
+    """Keep the first `max_..._samples` rows.
 
     Args:
         rows: One split.
@@ -174,8 +174,13 @@ def first_rows(rows: datasets.Dataset, split: str, args: Any) -> datasets.Datase
     return rows
 
 
+def test_name(path: str) -> str:
+    """Return the name of a further test set: that of its file, without folder and endings."""
+    return Path(path).name.split(".")[0]
+
+
 def describe(args: SourceArguments, split: str) -> str:
-    """Names the data of one split for the model card.
+    """Name the data of one split for the model card.
 
     Args:
         args: Data arguments.

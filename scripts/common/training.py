@@ -1,4 +1,4 @@
-"""Which optimizers are ours, the clock of a training, and its usual course."""
+"""The Trainer of a script, the course of a training, and its clock."""
 
 from __future__ import annotations
 
@@ -9,23 +9,42 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_fngd import FNGDTrainer
 from hf_fngd.hf.registry import OPTIMIZERS
+from hf_fngd.hf.trainer import LossScaleMixin
+from hf_fngd.report.card import CardMixin
+from hf_fngd.report.hub import HubMixin
 
 
-def is_ours(optim: Any) -> bool:
-    """Says whether an optimizer is one of hf_fngd's.
+class ScriptTrainer(CardMixin, HubMixin, FNGDTrainer):
+    """The Trainer for the optimizers of hf_fngd."""
+
+
+class BaselineTrainer(CardMixin, HubMixin, LossScaleMixin, Trainer):
+    """The Trainer for every other optimizer, with the same correction of the loss scale."""
+
+
+def make_trainer(
+    args: TrainingArguments,
+    kinds: tuple[type[Trainer], type[Trainer]] = (ScriptTrainer, BaselineTrainer),
+    **options: Any,
+) -> Trainer:
+    """Create the Trainer that the optimizer needs, with a clock.
 
     Args:
-        optim: `--optim`, as text or as transformers' enum.
+        args: Training arguments.
+        kinds: The Trainer for the optimizers of hf_fngd, and that for every other one.
+        **options: Further arguments of the Trainer.
 
     Returns:
-        True if the FNGD Trainers take it.
+        The Trainer.
     """
-    return str(getattr(optim, "value", optim)) in OPTIMIZERS
+    ours = str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS
+    return kinds[0 if ours else 1](args=args, callbacks=[TrainingClock()], **options)
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
-    """Trains, and saves the model and the state.
+    """Train, and save the model and the state.
 
     Args:
         trainer: The Trainer.
@@ -34,19 +53,21 @@ def train(trainer: Trainer) -> dict[str, Any]:
         `train` (metrics) and `history` (what was logged, without any later evaluation).
     """
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    # As an internal call, for it would push a card that knows no results yet.
+    # An internal call, because any other one pushes a card without results.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     return {"train": trained.metrics, "history": list(trainer.state.log_history)}
 
 
 def push(trainer: Trainer) -> None:
-    """Sends the output folder to the Hub; every rank calls it, one of them does it.
+    """Upload the output folder after a training, if `--push_to_hub` says so.
 
     Args:
-        trainer: A Trainer that has trained and reported.
+        trainer: A Trainer that has reported. Every rank must call this; one of them uploads.
     """
-    # Training has put them on again, and what they write at the end hides a message.
+    if not (trainer.args.push_to_hub and trainer.args.do_train):
+        return
+    # The training switched them on again, and their last output would hide the message.
     disable_progress_bars()
     done = trainer.push_to_hub()
     if done is not None:
@@ -54,10 +75,10 @@ def push(trainer: Trainer) -> None:
 
 
 class TrainingClock(TrainerCallback):
-    """Adds `train_seconds` to every entry of the log history: wall-clock seconds of training.
+    """Add `train_seconds`, the wall-clock seconds of training, to every entry of the log history.
 
     Steps and data loading count; evaluations, saves and logging do not, so that curves can be drawn
-    against time. A resumed run goes on where the checkpoint's history ends.
+    against time. A resumed run continues from the last entry of the checkpoint's history.
     """
 
     def __init__(self) -> None:
@@ -65,7 +86,7 @@ class TrainingClock(TrainerCallback):
         self._mark: float | None = None
 
     def _advance(self, counts: bool) -> None:
-        """Counts the time since the last event, or leaves it out."""
+        """Count the time since the last event, or leave it out."""
         if self._mark is not None:
             now = time.perf_counter()
             self.seconds += (now - self._mark) * counts
@@ -74,7 +95,7 @@ class TrainingClock(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         known = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         self.seconds = known[-1] if known else 0.0
         self._mark = time.perf_counter()
@@ -82,13 +103,13 @@ class TrainingClock(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Counts the loading of the batch."""
+        """Count the loading of the batch."""
         self._advance(True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Counts the step; what it left to the accelerator is waited for if a pause follows."""
+        """Count the step; before a pause, wait for the accelerator to finish it."""
         pauses = control.should_log or control.should_evaluate or control.should_save
         if pauses and torch.accelerator.is_available():
             torch.accelerator.synchronize()
@@ -97,19 +118,19 @@ class TrainingClock(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """As after a step."""
+        """Count the end of the epoch as a step."""
         self.on_step_end(args, state, control, **kwargs)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves out an evaluation."""
+        """Leave out an evaluation."""
         self._advance(False)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves out a save."""
+        """Leave out a save."""
         self._advance(False)
 
     def on_log(
@@ -120,7 +141,7 @@ class TrainingClock(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Leaves out the time until here, and writes the seconds down."""
+        """Leave out the time until now, and record the seconds."""
         self._advance(False)
         for entry in (logs, state.log_history[-1] if state.log_history else None):
             if entry is not None:
@@ -129,5 +150,5 @@ class TrainingClock(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._mark = None

@@ -1,1 +1,1 @@
-"""The rooms of run_image_classification.py: data and labels, pixels, model."""
+"""Modules of run_image_classification.py: data and labels, pixels, model, metrics."""

@@ -1,4 +1,4 @@
-"""ResNet for small images. A saved model takes a copy of this file along."""
+"""ResNet for small images. Each saved model contains a copy of this file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CifarResNetForImageClassification(ResNetForImageClassification):
     """
 
     config_class = CifarResNetConfig
-    # Its loss is the plain mean over the batch; the Trainer asks this before it scales.
+    # The loss is the mean over the batch; the Trainer reads this before it scales the loss.
     accepts_loss_kwargs = False
 
     def __init__(self, config: CifarResNetConfig) -> None:

@@ -1,4 +1,4 @@
-"""Where images and labels come from, and whether they can be used."""
+"""Images and labels: loaded and checked."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class DataArguments(SourceArguments):
     validation_rows: int = field(
         default=0,
         metadata={
-            "help": "Use this many of the last training rows as validation set instead; rows must "
-            "be in random order."
+            "help": "Take this many of the last training rows as validation set; rows must be in "
+            "random order."
         },
     )
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "New model: height and width that images are brought to. Default: as they are. "
+            "help": "New model: height and width to which images are scaled. Default: no scaling. "
             "A pretrained model has its own size."
         },
     )
     num_channels: int | None = field(
         default=None,
-        metadata={"help": "New model: 1 (grey) or 3 (colour). Default: as the first image."},
+        metadata={"help": "New model: 1 (grey) or 3 (colour). Default: as in the first image."},
     )
     crop_padding: int = field(
         default=0,
@@ -74,14 +74,13 @@ class DataArguments(SourceArguments):
 
 
 def load_splits(args: DataArguments) -> datasets.DatasetDict:
-    """Loads and checks all splits.
+    """Load and check all splits.
 
     Args:
         args: Data arguments.
 
     Returns:
-        Splits `train`, `validation` and `test`, as far as they exist, with the columns `image` and
-        `label`.
+        The splits that exist, with the columns `image` and `label`.
 
     Raises:
         InputError: For a missing file or folder, missing columns or an empty split.
@@ -100,13 +99,13 @@ def load_splits(args: DataArguments) -> datasets.DatasetDict:
 
 
 def class_names(rows: datasets.Dataset) -> list[str]:
-    """Names the classes of a split.
+    """Name the classes of a split.
 
     Args:
         rows: A split.
 
     Returns:
-        The names in the data, or numbers as text.
+        The names in the data, or else numbers as text.
 
     Raises:
         InputError: If labels are neither names nor whole numbers from 0 on.
@@ -126,7 +125,7 @@ def class_names(rows: datasets.Dataset) -> list[str]:
 
 
 def class_numbers(split: str, rows: datasets.Dataset, names: Sequence[str]) -> list[int]:
-    """Gives the labels of a split as numbers of the given classes, found by name.
+    """Turn the labels of a split into numbers of the given classes, by name.
 
     Args:
         split: Its name, for errors.
@@ -175,7 +174,7 @@ def _load_folder(split: str, folder: str) -> datasets.Dataset:
     if not Path(folder).is_dir():
         raise InputError(f"--{split}_dir: there is no folder {folder!r}: check the path")
     try:
-        # Without drop_labels=False, a folder with images of one class has no labels.
+        # Without drop_labels=False, images of a single class would have no labels.
         return datasets.load_dataset("imagefolder", data_dir=folder, split="all", drop_labels=False)
     except (
         datasets.exceptions.DatasetGenerationError,
@@ -213,7 +212,9 @@ def _columns(split: str, rows: datasets.Dataset, args: DataArguments) -> dataset
 
 def _held_out(splits: dict[str, Any], count: int) -> dict[str, Any]:
     if "train" not in splits or "validation" in splits:
-        raise InputError("--validation_rows needs a training set, and no validation set beside it")
+        raise InputError(
+            "--validation_rows needs a training set and no other validation set: leave one out"
+        )
     rows = splits["train"]
     if count >= len(rows):
         raise InputError(f"--validation_rows {count} leaves none of the {len(rows)} training rows")

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 try:
-    # Newer versions of transformers have a name for the one that needs no torchvision.
+    # In newer versions of transformers the processor without torchvision has this name.
     from transformers import ViTImageProcessorPil as ViTImageProcessor
 except ImportError:
     from transformers import ViTImageProcessor
@@ -24,7 +24,7 @@ from images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassifica
 
 AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig)
 AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification)
-# So that a saved model can be loaded where this repository is not.
+# A saved model then loads without this repository.
 CifarResNetConfig.register_for_auto_class()
 CifarResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
@@ -35,17 +35,18 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={
-            "help": "Hub id or local folder; without it a ResNet-18 for small images is made."
-        },
+        metadata={"help": "Hub id or local folder. Default: a new ResNet-18 for small images."},
     )
     width: int = field(
-        default=64, metadata={"help": "New ResNet: channels of the first stage; doubled by each."}
+        default=64,
+        metadata={
+            "help": "New ResNet: channels of the first stage; each later stage doubles them."
+        },
     )
 
 
 def load_processor(args: ModelArguments) -> Any:
-    """Loads the image processor of a pretrained model.
+    """Load the image processor of a pretrained model.
 
     Args:
         args: Model arguments, with a name.
@@ -65,7 +66,7 @@ def load_processor(args: ModelArguments) -> Any:
 
 
 def new_processor(size: tuple[int, int]) -> ViTImageProcessor:
-    """Makes the image processor of a new model, for those who use it later.
+    """Create the image processor of a new model, for its later users.
 
     Args:
         size: Height and width.
@@ -77,20 +78,19 @@ def new_processor(size: tuple[int, int]) -> ViTImageProcessor:
 
 
 def load_model(args: ModelArguments, names: Sequence[str], channels: int) -> PreTrainedModel:
-    """Loads or makes the model.
+    """Load or create the model.
 
     Args:
         args: Model arguments.
         names: Class names; a pretrained model with another number of classes gets a new head.
-        channels: Channels that a new model must take.
+        channels: Number of channels of a new model.
 
     Returns:
         The model.
 
     Raises:
-        InputError: If there is no such model, it has no head for images, or the width is no number
-            of channels.
-        ValueError: As transformers raises it for any other reason.
+        InputError: If there is no such model, it has no head for images, or the width is below 1.
+        ValueError: For any other reason that transformers has.
     """
     labels = {
         "id2label": dict(enumerate(names)),
@@ -121,12 +121,12 @@ def load_model(args: ModelArguments, names: Sequence[str], channels: int) -> Pre
         if "Unrecognized configuration class" not in str(error):
             raise
         raise InputError(
-            f"{name!r} has no image classification head: choose an image model, as ResNet or ViT"
+            f"{name!r} has no image classification head: choose one such as ResNet or ViT"
         ) from None
 
 
 def classes_of(args: ModelArguments) -> tuple[list[str], int]:
-    """Reads what a pretrained model can tell apart, and what it takes.
+    """Read the classes and the number of channels of a pretrained model.
 
     Args:
         args: Model arguments, with a name.

@@ -1,4 +1,4 @@
-"""From images to batches: memory, random crops and flips, normalisation."""
+"""Batches of images: memory, random crops and flips, normalisation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STATISTICS_ROWS = 10_000
 
 
 class CropAndFlip:
-    """Shifts each image of a batch at random, by a crop of the padded image, and mirrors it.
+    """Shift each image of a batch at random, by a crop of the padded image, and mirror some.
 
     Args:
-        padding: Black pixels put on every side before the crop.
+        padding: Number of black pixels added on every side before the crop.
         flip: Whether to mirror every second image, on average, from left to right.
     """
 
@@ -29,7 +29,7 @@ class CropAndFlip:
         self.padding, self.flip = padding, flip
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Changes a batch; torch's generator decides how.
+        """Change a batch, at random by torch's generator.
 
         Args:
             images: `[N, channels, height, width]`.
@@ -52,12 +52,12 @@ class CropAndFlip:
 
 
 class ImageRows(torch.utils.data.Dataset):
-    """Pixels and labels; in memory if they fit, otherwise decoded when they are asked for.
+    """Pixels and labels: in memory if they fit, otherwise decoded when they are used.
 
     Args:
-        read: Gives the pixels of a row.
+        read: Function that returns the pixels of a row.
         labels: Class numbers.
-        augment: Applied to every batch, or None.
+        augment: Function applied to every batch, or None.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ImageRows(torch.utils.data.Dataset):
             self.images = torch.stack([read(number) for number in range(len(read))])
 
     def pixels(self, numbers: Sequence[int]) -> Tensor:
-        """Gives images as they are, without augmentation.
+        """Return images without augmentation.
 
         Args:
             numbers: Rows.
@@ -102,11 +102,11 @@ class ImageRows(torch.utils.data.Dataset):
 
 
 class ImageCollator:
-    """Puts images into a batch and normalises them.
+    """Collect images into a batch and normalise them.
 
     Args:
-        mean: Of each channel, in 0 to 1.
-        deviation: Standard deviation likewise.
+        mean: Mean of each channel, in 0 to 1.
+        deviation: Standard deviation of each channel.
     """
 
     def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
@@ -114,7 +114,7 @@ class ImageCollator:
         self.deviation = torch.tensor(deviation).view(-1, 1, 1)
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Makes a batch.
+        """Collect a batch.
 
         Args:
             items: Rows of `ImageRows`.
@@ -130,13 +130,13 @@ class ImageCollator:
 
 
 def channel_statistics(rows: ImageRows) -> tuple[list[float], list[float]]:
-    """Measures mean and standard deviation of every channel, in 0 to 1.
+    """Measure mean and standard deviation of every channel, in 0 to 1.
 
     Args:
-        rows: Images; of a large set, `STATISTICS_ROWS` rows are looked at, evenly spread.
+        rows: Images; of a large set, `STATISTICS_ROWS` evenly spread rows count.
 
     Returns:
-        Means and standard deviations. That of a constant channel is given as 1.
+        Means and standard deviations; 1 as the deviation of a constant channel.
     """
     numbers = torch.linspace(0, len(rows) - 1, min(len(rows), STATISTICS_ROWS)).long().tolist()
     total = square = torch.zeros(1, dtype=torch.float64)
@@ -157,7 +157,7 @@ def load_pixels(
     model_args: ModelArguments,
     data_args: DataArguments,
 ) -> tuple[dict[str, ImageRows], ImageCollator, Any]:
-    """Reads the images of all splits, in the size and the scale that the model takes.
+    """Read the images of all splits, in the size and scale of the model.
 
     Args:
         splits: Splits with the column `image`.
@@ -166,8 +166,8 @@ def load_pixels(
         data_args: Data arguments.
 
     Returns:
-        Images of each split (those of `train` with augmentation), the collator that normalises them
-        and the image processor that does the same for others.
+        Images of each split (those of `train` with augmentation), the collator that normalises
+        them, and the image processor that prepares further images in the same way.
     """
     split, rows = next(iter(splits.items()))
     first = open_image(split, rows, 0)

@@ -1,4 +1,4 @@
-"""One image at a time: from a row of the data to pixels of the right size."""
+"""Reading of one image: from a row of the data to pixels of the right size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ GREY = ("1", "L", "LA")
 
 
 class ImageReader:
-    """Reads a row's image as uint8 `[channels, height, width]`.
+    """Read a row's image as uint8 `[channels, height, width]`.
 
     Args:
         split: Name of the split, for errors.
         rows: A data set with the column `image`.
-        size: Height and width that every image must have, or is brought to by the processor.
+        size: Height and width that every image has or gets from the processor.
         channels: 1 or 3.
-        processor: An image processor that brings images to the size, or None if they must have it.
+        processor: An image processor that scales images to the size; None: they must have it.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class ImageReader:
         return len(self.rows)
 
     def __call__(self, number: int) -> Tensor:
-        """Reads one row.
+        """Read one row.
 
         Args:
-            number: Its number.
+            number: Number of the row.
 
         Returns:
             Pixels.
 
         Raises:
-            InputError: If it has another size or cannot be used.
+            InputError: If the image has another size or cannot be used.
         """
         image = open_image(self.split, self.rows, number)
         if self.channels == 1 and image.mode not in GREY:
@@ -69,7 +69,7 @@ class ImageReader:
 
 
 def resized(processor: Any, image: Any) -> Tensor:
-    """Brings an image to a processor's size, by the processor itself.
+    """Scale an image by an image processor.
 
     Args:
         processor: An image processor.
@@ -83,12 +83,12 @@ def resized(processor: Any, image: Any) -> Tensor:
 
 
 def open_image(split: str, rows: datasets.Dataset, number: int) -> Any:
-    """Decodes one image.
+    """Decode one image.
 
     Args:
         split: Name of the split, for errors.
         rows: A data set with the column `image`.
-        number: Row.
+        number: Number of the row.
 
     Returns:
         A PIL image.

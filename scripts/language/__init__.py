@@ -1,1 +1,1 @@
-"""The rooms of run_clm.py: arguments and data, model and tokenizer, perplexity."""
+"""Modules of run_clm.py: arguments and data, model and tokenizer, perplexity."""

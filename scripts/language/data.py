@@ -1,4 +1,4 @@
-"""Where the texts come from, and what the model is given of them."""
+"""Texts, and the tokens that the model gets."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class DataArguments(SourceArguments):
     text_column: str = field(
         default="text",
         metadata={
-            "help": "Column of the texts; of a nested one the path: translation.de. A .txt file "
-            "has one text a line, in the column `text`; empty lines are left out."
+            "help": "Column of the texts, or the path of a nested one: translation.de. A .txt file "
+            "has one text in each line, in the column `text`; empty lines are left out."
         },
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens of a text kept at most."})
+    max_length: int = field(default=128, metadata={"help": "Longest text, in tokens."})
 
 
 def tokenize(
     texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> datasets.Dataset:
-    """Turns texts into model inputs, one row a text.
+    """Turn texts into model inputs, one row for each text.
 
     Args:
         texts: Column `text`.
         tokenizer: The tokenizer.
-        max_length: Tokens kept at most, the one that ends a text among them.
+        max_length: Longest text in tokens, with the one that ends it.
 
     Returns:
         Columns `input_ids`, `attention_mask` and `labels`.

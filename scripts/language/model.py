@@ -26,7 +26,7 @@ class ModelArguments(PretrainedArguments):
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or local folder; without it a small GPT-2 is made."},
+        metadata={"help": "Hub id or local folder. Default: a new, small GPT-2."},
     )
     vocab_size: int = field(default=4000, metadata={"help": "New GPT-2: vocabulary."})
     d_model: int = field(default=128, metadata={"help": "New GPT-2: width."})
@@ -38,39 +38,41 @@ class ModelArguments(PretrainedArguments):
 def load_model(
     args: ModelArguments, texts: Iterable[str], max_length: int
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Loads or makes the model.
+    """Load or create the model.
 
     Args:
         args: Model arguments.
-        texts: What a new vocabulary is learned from.
+        texts: Texts from which a new vocabulary is learned.
         max_length: Longest text in tokens that it must take.
 
     Returns:
         Model and tokenizer, which has an end and a padding token.
 
     Raises:
-        InputError: If adapters are wanted on nothing; and as `load_pretrained` raises it.
+        InputError: If adapters are asked for without a model, or the model cannot be used.
     """
     if args.model_name_or_path is None:
         if args.lora_rank is not None:
             raise InputError("--lora_rank adapts a trained model: give --model_name_or_path")
         tokenizer = train_tokenizer(texts, args.vocab_size)
         return new_gpt2(args, tokenizer, max_length), tokenizer
-    head = "causal head: choose a language model as GPT-2, Llama or Qwen"
+    head = "causal head: choose a language model such as GPT-2, Llama or Qwen"
     model, tokenizer = load_pretrained(args, AutoModelForCausalLM, head, max_length, "--max_length")
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{args.model_name_or_path!r} has no token that ends a text")
+        raise InputError(
+            f"{args.model_name_or_path!r} has no token that ends a text: choose another"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return with_adapters(model, args, "CAUSAL_LM"), tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learns a vocabulary of byte pairs.
+    """Learn a vocabulary of byte pairs.
 
     Args:
         texts: Texts.
-        vocab_size: Tokens at most.
+        vocab_size: Largest number of tokens.
 
     Returns:
         A tokenizer that can be saved and loaded like a pretrained one.
@@ -87,7 +89,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def new_gpt2(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> GPT2LMHeadModel:
-    """Makes a random GPT-2 for a tokenizer.
+    """Create a random GPT-2 for a tokenizer.
 
     Args:
         args: Its shape.

@@ -1,4 +1,4 @@
-"""Perplexity over all tokens of a set, whatever the lengths of its texts."""
+"""Perplexity over all tokens of a set; long texts weigh more than short ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 
 
 def surprise(logits: Any, labels: Tensor) -> Tensor:
-    """Keeps of a batch's logits what the perplexity needs, to spare memory.
+    """Reduce the logits of a batch to the sums that the perplexity needs, to save memory.
 
     Args:
         logits: Logits `[rows, length, vocabulary]`, or a tuple that begins with them.
@@ -27,13 +27,13 @@ def surprise(logits: Any, labels: Tensor) -> Tensor:
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Scores one evaluation.
+    """Score one evaluation.
 
     Args:
-        prediction: What `surprise` kept.
+        prediction: The sums of `surprise`.
 
     Returns:
-        The perplexity; infinite where it cannot be written.
+        The perplexity; infinite if it exceeds a float.
     """
     loss, tokens = prediction.predictions.sum(0)
     mean = loss / tokens if tokens else math.nan

@@ -1,1 +1,1 @@
-"""The rooms of run_summarization.py: arguments and data, metric."""
+"""Modules of run_summarization.py: arguments and data, metric."""

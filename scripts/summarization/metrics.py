@@ -12,7 +12,7 @@ METRICS = TASKS["summarization"].metrics
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Scores summaries against one reference each.
+    """Score summaries against one reference each.
 
     Args:
         predictions: Summaries.
@@ -27,7 +27,7 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, An
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise InputError("ROUGE needs rouge_score: pip install 'hf-fngd[rouge]'") from None
+        raise InputError("ROUGE needs rouge_score: pip install 'hf-fngd[scripts]'") from None
     scorer = RougeScorer(METRICS, use_stemmer=True)
     found = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
     return {

@@ -1,1 +1,1 @@
-"""The rooms of run_translation.py: arguments and data, model and tokenizer, metrics."""
+"""Modules of run_translation.py: arguments and data, model and tokenizer, metrics."""

@@ -1,14 +1,13 @@
-"""Where the sentence pairs come from, and whether they can be used."""
+"""Sentence pairs: loaded and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 from common.arguments import InputError
-from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub
+from common.source import SPLITS, SourceArguments, first_rows, load_file, load_hub, test_name
 
 from translation.noise import misalign
 
@@ -36,30 +35,29 @@ class DataArguments(SourceArguments):
         },
     )
     source_prefix: str = field(
-        default="", metadata={"help": "Put before every source sentence (T5)."}
+        default="", metadata={"help": "Text put before every source sentence (T5)."}
     )
-    max_source_length: int = field(default=128, metadata={"help": "Source tokens kept at most."})
-    max_target_length: int = field(default=128, metadata={"help": "Target tokens kept at most."})
+    max_source_length: int = field(default=128, metadata={"help": "Longest source, in tokens."})
+    max_target_length: int = field(default=128, metadata={"help": "Longest target, in tokens."})
     extra_test_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "More test sets; their scores are named after the files: bleu_NAME."},
+        metadata={"help": "More test sets; their scores end with the name of the file: bleu_NAME."},
     )
     misaligned_fraction: float = field(
         default=0.0,
-        metadata={"help": "Share of training pairs that get another's target, to study noise."},
+        metadata={"help": "Share of training pairs whose targets are exchanged, to study noise."},
     )
-    misaligned_seed: int = field(default=0, metadata={"help": "Seed of their choice."})
+    misaligned_seed: int = field(default=0, metadata={"help": "Seed that chooses these pairs."})
 
 
 def load_pairs(args: DataArguments) -> datasets.DatasetDict:
-    """Loads and checks all splits.
+    """Load and check all splits.
 
     Args:
         args: Data arguments.
 
     Returns:
-        Splits `train`, `validation` and `test`, as far as they exist, with the columns `source` and
-        `target`.
+        The splits that exist, with the columns `source` and `target`.
 
     Raises:
         InputError: For a missing file, an empty split, or rows without text in both languages.
@@ -78,20 +76,20 @@ def load_pairs(args: DataArguments) -> datasets.DatasetDict:
 
 
 def load_extra_tests(args: DataArguments) -> dict[str, datasets.Dataset]:
-    """Loads and checks the further test sets.
+    """Load and check the further test sets.
 
     Args:
         args: Data arguments.
 
     Returns:
-        Columns `source` and `target` by the name of the file, without folder and endings.
+        Columns `source` and `target` of each, by its name.
 
     Raises:
-        InputError: For a missing file, one without rows or text, or two of one name.
+        InputError: For a missing file, a file without rows or text, or two of one name.
     """
     found: dict[str, datasets.Dataset] = {}
     for path in args.extra_test_file:
-        name = Path(path).name.split(".")[0]
+        name = test_name(path)
         if name in found or name == "test":
             raise InputError(f"--extra_test_file: a second test set is called {name!r}: rename it")
         rows = load_file("extra_test", path, BUILDERS)
@@ -100,7 +98,7 @@ def load_extra_tests(args: DataArguments) -> dict[str, datasets.Dataset]:
 
 
 def sentences(pairs: datasets.DatasetDict) -> Iterator[str]:
-    """Gives the training text in both languages.
+    """Yield the training text in both languages.
 
     Args:
         pairs: All splits.

@@ -9,7 +9,7 @@ from sacrebleu import BLEU, CHRF
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Scores translations against one reference each.
+    """Score translations against one reference each.
 
     Args:
         predictions: Translations.

@@ -29,7 +29,7 @@ class ModelArguments(PretrainedArguments):
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or local folder; without it a small Marian is made."},
+        metadata={"help": "Hub id or local folder. Default: a new, small Marian."},
     )
     vocab_size: int = field(default=4000, metadata={"help": "New Marian: joint vocabulary."})
     d_model: int = field(default=256, metadata={"help": "New Marian: width."})
@@ -43,11 +43,11 @@ class ModelArguments(PretrainedArguments):
 def load_model(
     args: ModelArguments, sentences: Iterable[str], max_length: int, languages: tuple[str, str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads or makes the model.
+    """Load or create the model.
 
     Args:
         args: Model arguments.
-        sentences: Text in both languages that a new vocabulary is learned from.
+        sentences: Text in both languages from which a new vocabulary is learned.
         max_length: Longest sequence in tokens that a new model must take.
         languages: Source and target language.
 
@@ -55,7 +55,7 @@ def load_model(
         Model and tokenizer.
 
     Raises:
-        InputError: If adapters are wanted on nothing; and as `load_pretrained` raises it.
+        InputError: If adapters are asked for without a model, or the model cannot be used.
     """
     if args.lora_rank is not None and args.model_name_or_path is None:
         raise InputError("--lora_rank adapts a trained model: give --model_name_or_path")
@@ -65,7 +65,7 @@ def load_model(
     model, tokenizer = load_pretrained(
         args,
         AutoModelForSeq2SeqLM,
-        "sequence-to-sequence head: choose a translation model, as Marian, T5, BART or mBART",
+        "sequence-to-sequence head: choose a translation model such as Marian, T5, BART or mBART",
         max_length,
         "--max_source_length and --max_target_length",
     )
@@ -78,11 +78,11 @@ def load_model(
 def train_tokenizer(
     sentences: Iterable[str], vocab_size: int, languages: tuple[str, str]
 ) -> MarianTokenizer:
-    """Learns a joint SentencePiece vocabulary and makes a Marian tokenizer of it.
+    """Learn a joint SentencePiece vocabulary, and create a Marian tokenizer with it.
 
     Args:
         sentences: Text in both languages.
-        vocab_size: Pieces at most; small texts give fewer.
+        vocab_size: Largest number of pieces; small texts have fewer.
         languages: Source and target language.
 
     Returns:
@@ -117,7 +117,7 @@ def train_tokenizer(
 
 
 def new_marian(args: ModelArguments, tokenizer: MarianTokenizer, max_length: int) -> MarianMTModel:
-    """Makes a random Marian for a tokenizer.
+    """Create a random Marian for a tokenizer.
 
     Args:
         args: Its shape.

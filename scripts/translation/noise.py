@@ -1,4 +1,4 @@
-"""Misaligned training pairs, and whether the coefficients of FNGD tell them from the others."""
+"""Misaligned training pairs, and how well FNGD's coefficients detect them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hf_fngd import FNGD
 
 
 def misalign(rows: datasets.Dataset, fraction: float, seed: int) -> datasets.Dataset:
-    """Exchanges the targets of some pairs among each other, so that each gets another's.
+    """Exchange the targets of some pairs, so that each of them has the target of another.
 
     Args:
         rows: Columns `source` and `target`.
         fraction: Share of the pairs, in [0, 1].
-        seed: Seed of the choice.
+        seed: Seed that chooses the pairs.
 
     Returns:
         The rows in the same order, with a column `misaligned`.
 
     Raises:
-        InputError: If the fraction is no share, or picks a single pair.
+        InputError: If the fraction is not in [0, 1], or chooses a single pair.
     """
     if not 0 <= fraction <= 1:
         raise InputError(f"--misaligned_fraction must be in [0, 1], not {fraction}")
@@ -46,21 +46,21 @@ def misalign(rows: datasets.Dataset, fraction: float, seed: int) -> datasets.Dat
 
 
 def separation(optimizer: Any, rows: datasets.Dataset) -> dict[str, Any] | None:
-    """Compares the stored coefficients of misaligned pairs with those of the others.
+    """Compare the stored coefficients of misaligned pairs with those of the others.
 
     Args:
         optimizer: Any optimizer.
         rows: Training pairs with a column `misaligned`, in the order of the sample ids.
 
     Returns:
-        Mean γ of both kinds, and the AUC: how often a random aligned pair has the larger
-        γ, averaged over layers, of the two (0.5: γ tells nothing), also for each layer by itself.
-        None without FNGD's share=sample or without both kinds of pairs.
+        Mean γ of both kinds, and the AUC for the mean γ over the layers and for each layer: the
+        probability that a random aligned pair has a larger γ than a random misaligned one (0.5: γ
+        detects nothing). None without FNGD's share=sample or without both kinds of pairs.
     """
     if not (isinstance(optimizer, FNGD) and optimizer.needs_rows):
         return None
     table, noisy = optimizer.coefficients(), torch.tensor(rows["misaligned"])
-    # Without a table row for each data set row, ids were hashes, or nothing is stored yet.
+    # With ids that are hashes, or nothing stored yet, table rows are not data set rows.
     if optimizer.store.rows is not None or len(table) != len(rows):
         return None
     known = ~table.isnan().any(1)
@@ -78,14 +78,15 @@ def separation(optimizer: Any, rows: datasets.Dataset) -> dict[str, Any] | None:
 
 
 def auc(larger: torch.Tensor, smaller: torch.Tensor) -> float:
-    """Gives the area under the ROC curve.
+    """Compute the area under the ROC curve.
 
     Args:
-        larger: Scores of the rows that should have the larger ones.
+        larger: Scores of the rows that should have larger scores.
         smaller: Scores of the others.
 
     Returns:
-        Chance that a random score of the first kind is above one of the second; equals count half.
+        Probability that a random score of the first kind is above one of the second; ties count
+        half.
     """
     ordered = smaller.sort().values
     below, up_to = (

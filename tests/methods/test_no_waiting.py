@@ -1,0 +1,89 @@
+"""A step of a later epoch never waits for the device: nothing is read back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from hf_fngd import FNGD, create_fngd_optimizer
+from tests.helpers import tiny_marian
+
+# Each of these waits where its input lies on a GPU.
+READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "sgd rms": {"update_scale": "rms"},
+    "muon": {"update_rule": "muon"},
+    "layer": {"share": "layer"},
+}
+ROWS = 4
+
+
+def batch(model: nn.Module) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    source, labels = torch.randint(1, model.config.vocab_size - 1, (2, ROWS, 5))
+    return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": labels}
+
+
+def reads(function: Callable[[], object]) -> int:
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        function()
+    return sum(event.name in READS for event in trace.events())
+
+
+def make(settings: dict[str, Any], device: str = "cpu") -> tuple[nn.Module, FNGD]:
+    model = tiny_marian().to(device)
+    optimizer = create_fngd_optimizer(model, lr=1e-3, **settings)
+    optimizer.bind_dataset(ROWS)
+    return model, optimizer
+
+
+def loss(model: nn.Module, optimizer: FNGD, inputs: dict[str, Tensor]) -> Tensor:
+    optimizer.set_batch(range(ROWS))
+    return model(**inputs).loss
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_nothing_is_read_back(settings: dict[str, Any]) -> None:
+    model, optimizer = make(settings)
+    inputs = batch(model)
+    plain = tiny_marian()
+    plain_loss = plain(**inputs).loss
+    first = loss(model, optimizer, inputs)
+    in_first_epoch = reads(first.backward)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.start_epoch(1)
+    later = loss(model, optimizer, inputs)
+    assert reads(later.backward) == reads(plain_loss.backward) < in_first_epoch
+    # The step counters of AdamW, which updates the parameters that are not selected, are on the
+    # CPU everywhere; without them nothing is left.
+    for group in optimizer.param_groups:
+        if group["rule"] == "adamw":
+            for parameter in group["params"]:
+                parameter.grad = None
+    assert reads(optimizer.step) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_waiting_is_an_error_on_a_gpu(settings: dict[str, Any]) -> None:
+    model, optimizer = make(settings, "cuda")
+    inputs = {name: value.cuda() for name, value in batch(model).items()}
+    for epoch in (0, 1):
+        optimizer.start_epoch(epoch)
+        loss(model, optimizer, inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    value = loss(model, optimizer, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value.backward()
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
