@@ -342,17 +342,18 @@ def sharing() -> str:
 
 # ---- front page --------------------------------------------------------------------------------
 
-# Kinds of steps in `methods_*.json` with their shares, and the label in each study of `TASKS`.
+# Rows of `methods_*.json` with their shares, the label in each study of `TASKS`, and the steps from
+# one curvature update to the next in these studies, where the rows have another period.
 FIVE_EPOCHS = {"fngd, first epoch": 0.2, "fngd, later epochs": 0.8}
 OPTIMIZERS = {
-    "AdamW of torch": ({"adamw": 1.0}, ("adamw", "adamw", "adamw")),
-    "`muon`": ({"muon": 1.0}, ("muon", "muon", "muon")),
-    "`plain`": ({"sgd": 1.0}, ("sgd", "sgd_rms", "sgd_rms")),
-    "`kfac`": ({"kfac, inverse every 10": 1.0}, ("kfac", "", "")),
-    "`seng`": ({"seng, every 200": 1.0}, ("seng", "", "")),
-    "`tengrad`": ({"tengrad, every 100": 1.0}, ("tengrad", "", "")),
-    "`eva`": ({"eva": 1.0}, ("eva", "", "")),
-    "`fngd`": (FIVE_EPOCHS, ("fngd", "", "fngd_rms")),
+    "AdamW": ({"adamw": 1.0}, ("adamw", "adamw", "adamw"), None),
+    "`muon`": ({"muon": 1.0}, ("muon", "muon", "muon"), None),
+    "`plain`": ({"sgd": 1.0}, ("sgd", "sgd_rms", "sgd_rms"), None),
+    "`kfac`": ({"kfac, inverse every 10": 1.0}, ("kfac", "", ""), None),
+    "`seng`": ({"seng, every 200": 1.0}, ("seng", "", ""), 20),
+    "`tengrad`": ({"tengrad, every 100": 1.0}, ("tengrad", "", ""), 20),
+    "`eva`": ({"eva": 1.0}, ("eva", "", ""), None),
+    "`fngd`": (FIVE_EPOCHS, ("fngd", "", "fngd_rms"), None),
 }
 TASKS = {
     "CIFAR-10: accuracy": "compare_cifar10",
@@ -360,7 +361,7 @@ TASKS = {
     "fine-tuning: BLEU": "quality_finetune",
 }
 # Setting, task, study and number of its table, labels without and with the coefficients, and
-# `methods_small_*.json` with its row without them and the kinds of steps with them.
+# `methods_small_*.json` with its row without them and its rows with them.
 EVERY_STEP = {"fngd, first epoch": 1.0}
 LEFT_OUT = "`share=none,leave_one_out=true`"
 GAINS = (
@@ -380,9 +381,19 @@ GAINS = (
 )  # fmt: skip
 
 
-def _ratio(file: str, base: str, kinds: Mapping[str, float], key: str = "ratio") -> float:
+def _ratio(file: str, base: str, shares: Mapping[str, float], key: str = "ratio") -> float:
     rows = load(f"methods_{file}.json")["results"]
-    return sum(share * rows[kind][key] for kind, share in kinds.items()) / rows[base][key]
+    return sum(share * rows[name][key] for name, share in shares.items()) / rows[base][key]
+
+
+def _time(file: str, shares: Mapping[str, float], period: int | None) -> float:
+    ratio = _ratio(file, "adamw", shares)
+    if period is None:
+        return ratio
+    (name,) = shares
+    row = load(f"methods_{file}.json")["results"][name]
+    update, between = row["kinds"].values()
+    return ratio * (update + (period - 1) * between) / period / row["seconds"]
 
 
 def _score(row: Mapping[str, str]) -> str:
@@ -393,7 +404,7 @@ def names() -> str:
     """Make the table of optimizer names: what each costs, and its scores on the test sets."""
     columns: dict[str, Callable] = {"`--optim`": itemgetter(0)}
     for name, file in METHODS.items():
-        columns[f"step, {name}"] = lambda r, file=file: _ratio(file, "adamw", r[1][0])
+        columns[f"step, {name}"] = lambda r, file=file: _time(file, r[1][0], r[1][2])
     columns["memory, Transformer"] = lambda r: _ratio("multi30k", "adamw", r[1][0], "peak_mib")
     for i, (head, name) in enumerate(TASKS.items()):
         found = study(name)

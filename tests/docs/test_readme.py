@@ -12,8 +12,6 @@ from tests.pages import PAGES, ROOT
 from tests.report.card_rules import faults_of
 from tests.scripts.script_utils import script
 
-# Pages that are written on another branch; to be removed with it.
-NOT_YET = {ROOT / "scripts" / "README.md"}
 # Page, and what a link of it says: a path from the page's folder, an anchor, or both.
 LINKS = sorted(
     {(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^):]+)\)", text)}
@@ -56,7 +54,7 @@ def test_table_of_what_works_names_tests_that_exist():
 def test_links_lead_to_files_and_headings(page, link):
     path, _, anchor = link.partition("#")
     target = (ROOT / page).parent / path if path else ROOT / page
-    assert target.exists() or target in NOT_YET
+    assert target.exists()
     if anchor:
         headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
         known = {re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-") for one in headings}
@@ -65,7 +63,7 @@ def test_links_lead_to_files_and_headings(page, link):
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda p: p.name)
 def test_cards_are_what_the_code_makes_of_the_numbers(folder, tmp_path, monkeypatch):
-    # With those beside it, which it may be compared with.
+    # With the other cards, which it may be compared with.
     everything = tmp_path / "model_cards"
     shutil.copytree(folder.parent, everything, ignore=shutil.ignore_patterns("README.md"))
     own = everything / folder.name

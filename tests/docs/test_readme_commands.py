@@ -237,7 +237,7 @@ def run(command, folder, monkeypatch):
     return run_script(first, words, monkeypatch)
 
 
-# What a command must have left in the folder that it ran in, beside exit code 0. The keys are parts
+# Files that a command must leave in its folder, in addition to exit code 0. The keys are parts
 # of commands, `$` being the end of one.
 LEFT = {
     "make demo": ["runs/demo/README.md", "runs/demo/predictions.jsonl", "runs/demo/curves.png"],
