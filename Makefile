@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: demo
-demo: env ## Fine-tune a small translation model with FNGD (a few minutes on 2 cores)
+demo: env ## Train a small translation model with FNGD (a few minutes on 2 cores)
 	$(BIN)/python scripts/run_translation.py scripts/demo.json
 
 .PHONY: test

@@ -92,8 +92,8 @@ def _gradients(
         layer.batches.to_gate.append(layer)
         layer.batches.warn_once(
             layer.name,
-            "is called several times by a compiled model: in this batch each call has coefficients "
-            "of its own; from the next step on the graph breaks there, and they are taken together",
+            "is called several times by a compiled model: in this batch each call has its own "
+            "coefficients; from the next step on the graph breaks there, and all calls share them",
         )
     _last_calls[layer] = present
     with torch.autocast(x.device.type, enabled=False):

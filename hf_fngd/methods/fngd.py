@@ -125,7 +125,7 @@ class FNGDLayer(LayerMethod):
         if self.number in batch.delivered:
             self.batches.warn_once(
                 self.name,
-                "had two backward passes for one batch, each with coefficients of its own; where "
+                "had two backward passes for one batch, each with its own coefficients; where "
                 "checkpointed blocks share it, set use_reentrant=False",
             )
         batch.used = True

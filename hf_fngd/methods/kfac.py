@@ -37,7 +37,7 @@ class KFACConfig(PreconditionerConfig):
     kl_clip: float | None = kl_clip(1e-3)
     kfac_approx: str = setting(
         "expand",
-        "Positions that share a weight: expand (each is a sample of its own; exact for sums over "
+        "Positions that share a weight: expand (each counts as a sample; exact for sums over "
         "positions) or reduce (inputs averaged, gradients summed; exact for pooling).",
         choices=("expand", "reduce"),
         resumed=True,

@@ -70,7 +70,7 @@ def parse(kinds: Sequence[type], description: str | None) -> tuple[Any, ...]:
         else:
             parsed = parser.parse_args_into_dataclasses()
     except (OSError, ValueError, TypeError) as error:
-        where = f"cannot use {settings!r}: " if settings else "cannot use these arguments: "
+        where = f"cannot use {settings!r}: " if settings else ""
         raise InputError(where + " ".join(str(error).split())) from None
     args = parsed[-1]
     if not (args.do_train or args.do_eval or args.do_predict):

@@ -70,17 +70,22 @@ class Metric:
             references: Values of the same type.
 
         Returns:
-            The numbers among the results, by name. The metric's name precedes a name that does not
-            begin with it.
+            The numbers among the results, by name, and the means of those that come one a
+            prediction (as bertscore's do). The metric's name precedes a name that does not begin
+            with it.
         """
         wanted = [[one] for one in references] if self._several else list(references)
         found = self._module.compute(
             predictions=list(predictions), references=wanted, **self.options
         )
+        means = {
+            name: _mean(value, len(predictions)) if isinstance(value, list) else value
+            for name, value in found.items()
+        }
         return {
             name if name.startswith(self.name) else f"{self.name}_{name}": float(value)
-            for name, value in found.items()
-            if isinstance(value, Real) and not isinstance(value, bool)
+            for name, value in means.items()
+            if _is_number(value)
         }
 
 
@@ -117,7 +122,7 @@ def rehearse(metrics: Sequence[Metric], **values: Sequence[Any]) -> None:
                 "colon, as f1:average=macro, or leave it out"
             ) from None
         if not metric.names:
-            raise InputError(f"--metrics: {metric.word!r} computes no single number: leave it out")
+            raise InputError(f"--metrics: {metric.word!r} computes no number: leave it out")
         if metric.names & known:
             raise InputError(
                 f"--metrics: {metric.word!r} and another metric both compute "
@@ -178,6 +183,16 @@ def _form(features: Mapping[str, Any], kind: str) -> tuple[str, bool] | None:
     inner = reference[0] if isinstance(reference, list) else getattr(reference, "feature", None)
     types = (getattr(one, "dtype", "") or "" for one in (prediction, inner or reference))
     return (kind, inner is not None) if all(one.startswith(kind) for one in types) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _mean(values: list[Any], count: int) -> float | None:
+    """Return the mean of one number a prediction; None for another list."""
+    one_each = len(values) == count > 0 and all(map(_is_number, values))
+    return sum(values) / count if one_each else None
 
 
 def _options(word: str, text: str) -> dict[str, Any]:

@@ -293,7 +293,7 @@ BAD = {
     "output is a file": (lambda f: {"output_dir": broken(f, "o", "")}, "is a file: choose a"),
     "settings contradict": (
         lambda f: {"save_strategy": "epoch", "eval_strategy": "no", "load_best_model_at_end": True},
-        "cannot use these arguments: --load_best_model_at_end requires",
+        "error: --load_best_model_at_end requires",
     ),
     "no layer": (lambda f: {"optim_target_modules": "none"}, "no layer matches .*can be chosen"),
 }

@@ -51,13 +51,13 @@ def test_wrong_optim_args_are_refused_before_anything_is_loaded(path, given_by, 
         settings |= {"source_lang": "en", "target_lang": "de"}
     for text, message in BAD_OPTIM_ARGS.items():
         more = {"output_dir": "out", "do_train": True, "optim": "fngd", "optim_args": text}
-        words, start = flat(settings | more), "these arguments"
+        words, where = flat(settings | more), ""
         if given_by == "file":
             (tmp_path / "a.json").write_text(json.dumps(settings | more))
-            words, start = ["a.json"], "'a.json'"
+            words, where = ["a.json"], "cannot use 'a.json': "
         assert run_script(path.stem, *words, folder=tmp_path) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f"{path.stem}: error: cannot use {start}: ") and message in line
+        assert line.startswith(f"{path.stem}: error: {where}optim_args: ") and message in line
     assert not (tmp_path / "out").exists()
 
 

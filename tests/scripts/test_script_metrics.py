@@ -34,13 +34,19 @@ def test_references_are_lists_where_the_metric_declares_lists(module, tmp_path):
 
 def test_only_numbers_stay_and_their_names_tell_the_metric(module, tmp_path):
     result = (
-        "{'odd': 0.5, 'odd2': __import__('numpy').float32(0.25), 'count': 3, 'many': [1.0],"
+        "{'odd': 0.5, 'odd2': __import__('numpy').float32(0.25), 'count': 3, 'many': [1.0, 2.0],"
         " 'text': 'x', 'sure': True, 'none': None}"
     )
     (found,) = load(module, write_metric(tmp_path, "odd", "string", "string", result))
     scores = found(["a"], ["a"])
     assert scores == {"odd": 0.5, "odd2": 0.25, "odd_count": 3}
     assert {type(value) for value in scores.values()} == {float}
+
+
+def test_a_number_for_each_prediction_becomes_their_mean(module, tmp_path):
+    result = "{'f1': [0.5, 1.0, 0.0], 'precisions': [0.1, 0.2], 'words': ['a', 'b', 'c']}"
+    (found,) = load(module, write_metric(tmp_path, "bert", "string", "string", result))
+    assert found(["a", "b", "c"], ["a", "b", "c"]) == {"bert_f1": 0.5}
 
 
 def test_the_type_is_that_which_the_metric_declares(module, tmp_path):
@@ -77,7 +83,7 @@ BAD = {
     "no metric": (wrong("1 +"), "odd' (invalid syntax"),
     "numbers": (wrong("{'odd': 1}", ("int32", "int32")), "odd' wants predictions: Value("),
     "fails": (wrong("{'odd': 1 / 0}"), "odd' fails (division by zero): give its options after"),
-    "no number": (wrong("{'odd': [1]}"), "odd' computes no single number: leave it out"),
+    "no number": (wrong("{'odd': [1]}"), "odd' computes no number: leave it out"),
     "unknown option": (wrong("{}", more=":x=1"), "unexpected keyword argument 'x'): give its"),
     "no option": (wrong("{}", more=":x"), "odd:x' must be NAME or NAME:option=value"),
     "twice": (

@@ -97,6 +97,7 @@ def test_per_sample_gradients_only_where_materialised() -> None:
     assert u is not None
     torch.testing.assert_close(u, torch.einsum("gnto,gnti->gnoi", g, a), rtol=1e-12, atol=1e-12)
     assert sample_gram(a, g, bias=False, route="direct", memory_bytes=64).per_sample is None
+    assert sample_gram(a, g, bias=False, route="direct", block_bytes=64).per_sample is None
     assert sample_gram(a, g, bias=False, route="hadamard").per_sample is None
 
 
