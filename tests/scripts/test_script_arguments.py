@@ -57,7 +57,7 @@ def test_wrong_optim_args_are_refused_before_anything_is_loaded(path, given_by, 
             words, where = ["a.json"], "cannot use 'a.json': "
         assert run_script(path.stem, *words, folder=tmp_path) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f"{path.stem}: error: {where}optim_args: ") and message in line
+        assert line.startswith(f"{path.stem}: error: {where}") and message in line
     assert not (tmp_path / "out").exists()
 
 
