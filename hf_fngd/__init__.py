@@ -1,7 +1,8 @@
-"""Natural gradient by name: FNGD (arXiv 2403.03473) for the Hugging Face Trainer and plain loops.
+"""Optimizers by name for the Hugging Face Trainer and plain loops.
 
-Importing the package registers the optimizer names `fngd`, `fngd_adamw` and `fngd_muon` with
-transformers, where it is installed. The core needs torch only.
+FNGD (arXiv 2403.03473), KFAC, Eva, TENGraD, SENG, and SGD, AdamW and Muon without preconditioning.
+Importing the package registers the names with transformers, where it is installed; the core needs
+torch only. `README.md` in this folder shows how the package is laid out.
 """
 
 import importlib.util

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -378,35 +377,3 @@ def _other_version(sign: str) -> str:
 def _detach(pairs: list[tuple[nn.Module, LayerMethod]]) -> None:
     for module, layer in pairs:
         capture.detach(module, layer)
-
-
-@dataclass
-class PlainConfig(OptimizerConfig):
-    """Settings of the plain update rules.
-
-    Raises:
-        FNGDError: For a value out of range, or two settings that exclude each other.
-    """
-
-    title: ClassVar[str] = "the plain update rule"
-
-
-class PlainOptimizer(LayerOptimizer):
-    """SGD, AdamW or Muon for the selected weights and AdamW for the rest: fair baselines.
-
-    Args:
-        params: Parameters or parameter groups, as for any optimizer.
-        lr: Learning rate of the selected weights.
-        module: The model whose layers are selected.
-        **options: As for `LayerOptimizer`.
-
-    Raises:
-        FNGDError: For bad settings, or if no layer can be selected.
-    """
-
-    config_class = PlainConfig
-    method = "plain"
-
-    @property
-    def series(self) -> str:  # noqa: D102
-        return "muon" if self.config.update_rule == "muon" else self.method

@@ -17,9 +17,10 @@ from hf_fngd.layers.selection import parameter_groups
 from hf_fngd.methods.eva import Eva, EvaConfig
 from hf_fngd.methods.fngd import FNGD, FNGDConfig, create_fngd_optimizer
 from hf_fngd.methods.kfac import KFAC, KFACConfig
+from hf_fngd.methods.plain import PlainConfig, PlainOptimizer
 from hf_fngd.methods.seng import SENG, SENGConfig
 from hf_fngd.methods.tengrad import TENGraD, TENGraDConfig
-from hf_fngd.optimizer import LayerOptimizer, PlainConfig, PlainOptimizer
+from hf_fngd.optimizer import LayerOptimizer
 
 METHODS: dict[str, type[LayerOptimizer]] = {
     kind.method: kind for kind in (FNGD, KFAC, Eva, TENGraD, SENG, PlainOptimizer)

@@ -312,7 +312,7 @@ class FNGD(LayerOptimizer):
             return
         if batch.gamma is None:
             shape = (len(gamma), len(self.layer_names))
-            batch.gamma = torch.full(shape, torch.nan, device=gamma.device)
+            batch.gamma = gamma.new_full(shape, torch.nan, dtype=torch.float32)
             self._unwritten.append(batch)
         batch.gamma[:, layer] = gamma.to(batch.gamma)
 
