@@ -17,6 +17,7 @@ class Conv2d(LayerType):
     """
 
     feature_dim = 1
+    batched_dim = 4
     may_pad = False
 
     def __init__(self, module: nn.Module) -> None:

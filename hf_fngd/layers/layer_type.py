@@ -22,6 +22,8 @@ class LayerType(ABC):
 
     # Dimension of the features in inputs and outputs.
     feature_dim = -1
+    # Dimensions of an input with samples; one with fewer has no batch, and is left alone.
+    batched_dim = 2
     # Whether positions may be padding, which has no gradient and is not an observation.
     may_pad = True
 

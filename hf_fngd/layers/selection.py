@@ -83,10 +83,12 @@ def select_layers(model: nn.Module, target: Target = None, exclude: Target = Non
     Raises:
         FNGDError: If nothing matches.
     """
+    # A module that is reachable under several names is one owner.
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(path)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
     modules = {
         path: m
         for path, m in model.named_modules()
@@ -115,11 +117,10 @@ def select_layers(model: nn.Module, target: Target = None, exclude: Target = Non
             selection.left_out[path] = (original_type(module).__name__, reason or "")
     if not selection.chosen:
         names = sorted({path.rpartition(".")[2] for path in possible})
-        hint = (
-            f"names that can be chosen: {', '.join(names)}"
-            if names
-            else f"the model has none: each must be one of {_supported()}, and train"
-        )
+        found = [f"{path}: {why}" for path, (_, why) in selection.left_out.items()]
+        hint = f"names that can be chosen: {', '.join(names)}"
+        if not names:
+            hint = f"none can be chosen ({'; '.join(found[:5]) or 'the model has no parameters'})"
         raise FNGDError(
             f"no layer matches target_modules={target!r} exclude_modules={exclude!r}; {hint}"
         )
@@ -215,7 +216,7 @@ def divide(
     """Divide every parameter group into the weights of selected layers and the others.
 
     Args:
-        params: Parameters or parameter groups, as for any optimizer.
+        params: Parameters, pairs of name and parameter, or parameter groups of either.
         selection: The layers.
         rule: Update rule of their weights (Muon: of those with two dimensions or more); AdamW
             updates the others.
@@ -238,8 +239,10 @@ def divide(
     for group in groups:
         members = group["params"]
         members = [members] if isinstance(members, Tensor) else list(members)
-        mine = [p for p in members if id(p) in selected]
-        rest = [p for p in members if id(p) not in selected]
+        # torch takes parameters, or pairs of name and parameter.
+        chosen = [id(p[1] if isinstance(p, tuple) else p) in selected for p in members]
+        mine = [p for p, one in zip(members, chosen, strict=True) if one]
+        rest = [p for p, one in zip(members, chosen, strict=True) if not one]
         if mine:
             first.append({**group, "params": mine, "rule": rule})
         if rest:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd import FNGDError, create_fngd_optimizer
+from hf_fngd import FNGD, FNGDError, create_fngd_optimizer
 from hf_fngd.layers.selection import Selection, select_layers
 from tests.helpers import tiny_gpt2, tiny_llama, tiny_marian, tiny_resnet, tiny_vit
 
@@ -164,7 +164,7 @@ def test_no_match_names_the_candidates(target: object, exclude: object) -> None:
 
 
 def test_model_without_layers() -> None:
-    with pytest.raises(FNGDError, match="the model has none"):
+    with pytest.raises(FNGDError, match=r"none can be chosen \("):
         select_layers(nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2)))
 
 
@@ -231,12 +231,10 @@ def test_tied_weights_are_left_out() -> None:
     assert reason(selection, "2") == "weight shared with 0"
 
 
-def test_one_module_under_two_names_is_left_out() -> None:
+def test_one_module_under_two_names_is_chosen_once() -> None:
     layer = nn.Linear(2, 2)
     model = nn.ModuleDict({"first": layer, "again": layer, "other": nn.Linear(2, 2)})
-    selection = select_layers(model)
-    assert set(selection.chosen) == {"other"}
-    assert reason(selection, "first") == "weight shared with again"
+    assert list(select_layers(model).chosen) == ["first", "other"]
 
 
 @pytest.mark.feature("PEFT/LoRA", "works", "adapters are chosen, the base is left alone")
@@ -279,3 +277,38 @@ def test_table(attached: bool) -> None:
     (row,) = (line for line in lines if line.startswith("lm_head"))
     assert row.split()[:2] == ["lm_head", "Linear"]
     assert row.endswith("left out: vocabulary head, tied to transformer.wte")
+
+
+@pytest.mark.parametrize("rule", ["sgd", "muon"])
+def test_named_parameters_make_the_same_groups(rule: str) -> None:
+    def groups(params, net) -> list:
+        optimizer = FNGD(params, 1e-2, module=net, update_rule=rule)
+        return [
+            (group["rule"], [p.shape for p in group["params"]]) for group in optimizer.param_groups
+        ]
+
+    net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+    expected = groups(net.parameters(), net)
+    assert {rule, "adamw"} == {name for name, _ in expected}
+    assert groups(net.named_parameters(), net) == expected
+    assert groups([{"params": list(net.named_parameters())}], net) == expected
+    optimizer = FNGD(net.named_parameters(), 1e-2, module=net)
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            assert net.get_parameter(name) is parameter
+
+
+def test_a_model_under_two_names_is_one_model() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+            self.loss = nn.ModuleDict({"model": self.model})
+
+    assert list(select_layers(Wrapped()).chosen) == ["model.0", "model.1"]
+
+
+def test_a_model_without_a_layer_to_choose_says_why() -> None:
+    net = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2).requires_grad_(False))
+    with pytest.raises(FNGDError, match="0: embedding; 1: frozen"):
+        select_layers(net)
