@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.samples import SampleHook, fingerprint
+from hf_fngd.hf.samples import SampleHook, fingerprint, has_rows
 from hf_fngd.optimizer import LayerOptimizer
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,8 @@ class FNGDCallback(TrainerCallback):
             return
         refuse_unsupported(args, type(optimizer))
         loader = kwargs.get("train_dataloader")
-        data = getattr(loader, "dataset", None)
-        rows = None if data is None or not hasattr(data, "__len__") else len(data)
+        data: Any = getattr(loader, "dataset", None)
+        rows = len(data) if has_rows(data) else None
         if optimizer.needs_rows and rows is None:
             raise FNGDError(
                 "share=sample needs a data set with a length (an IterableDataset has none): set "
@@ -164,12 +164,13 @@ class FNGDCallback(TrainerCallback):
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if optimizer is None:
             return
-        known_length = _has_length(kwargs.get("train_dataloader"))
-        if known_length or self._epoch < 0:
-            # state.epoch is a whole number here, or lies inside the epoch that is resumed.
-            epoch = int((state.epoch or 0.0) + 1e-6) if known_length else optimizer.epoch
-        else:
+        if self._epoch >= 0:
+            # Not by state.epoch, which is no whole number where a callback ended an epoch early.
             epoch = self._epoch + 1
+        elif _has_length(kwargs.get("train_dataloader")):
+            epoch = int((state.epoch or 0.0) + 1e-6)
+        else:
+            epoch = optimizer.epoch
         optimizer.start_epoch(epoch)
         self._epoch = epoch
 
@@ -257,11 +258,19 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave the model as it was: no hook, no captured layer."""
-        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
-        if optimizer is not None:
-            self._remove_hook()
-            optimizer.detach()
+        """Leave the model as it was."""
+        self.release(kwargs.get("optimizer"))
+
+    def release(self, optimizer: Any) -> None:
+        """Leave the model as it was: no hook, no captured layer.
+
+        Args:
+            optimizer: The Trainer's optimizer, of the package or not.
+        """
+        self._remove_hook()
+        ours = unwrap_optimizer(optimizer)
+        if ours is not None:
+            ours.detach()
 
     def _remove_hook(self) -> None:
         if self._handle is not None:

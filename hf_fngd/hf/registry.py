@@ -1,10 +1,11 @@
 """`--optim fngd` and the other names, registered with transformers, which has no hook for that.
 
-Four places of transformers change, each once: the `OptimizerNames` enum gets members (so that
+Five places of transformers change, each once: the `OptimizerNames` enum gets members (so that
 argument parsers and `TrainingArguments` accept the names), `TrainingArguments.__post_init__` checks
 `--optim_args` of these names (so that a wrong one is refused before anything is loaded), the static
-`Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, and `FNGDCallback` joins the default
-callbacks, where it does nothing unless the optimizer is one of the package.
+`Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, `FNGDCallback` joins the default
+callbacks, where it does nothing unless the optimizer is one of the package, and `Trainer.train`
+lets go of the model also where it ends by an exception or an interrupt.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def register() -> None:
         for owner, holder, names in (
             ("OptimizerNames", OptimizerNames, _ENUM_TABLES),
             ("TrainingArguments", TrainingArguments, ("__post_init__",)),
-            ("Trainer", trainer_class, ("get_optimizer_cls_and_kwargs",)),
+            ("Trainer", trainer_class, ("get_optimizer_cls_and_kwargs", "train")),
             ("transformers.trainer", trainer_module, ("DEFAULT_CALLBACKS",)),
         )
         for name in names
@@ -153,6 +154,7 @@ def register() -> None:
         _add_member(name)
     _check_arguments()
     _wrap_dispatch(trainer_class)
+    _wrap_train(trainer_class)
     if FNGDCallback not in trainer_module.DEFAULT_CALLBACKS:
         trainer_module.DEFAULT_CALLBACKS.append(FNGDCallback)
 
@@ -202,3 +204,22 @@ def _wrap_dispatch(trainer_class: Any) -> None:
 
     dispatch.knows_fngd = True  # type: ignore[attr-defined]
     trainer_class.get_optimizer_cls_and_kwargs = staticmethod(dispatch)
+
+
+def _wrap_train(trainer_class: Any) -> None:
+    original = trainer_class.train
+    if getattr(original, "knows_fngd", False):
+        return
+
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            # `on_train_end` has done so after a training that ended well.
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, FNGDCallback):
+                    callback.release(self.optimizer)
+
+    train.knows_fngd = True  # type: ignore[attr-defined]
+    trainer_class.train = train

@@ -126,6 +126,10 @@ def packed_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
         positions: Any = inputs.get("position_ids")
         if not _is_row(positions) or int(positions[0, 0]) != 0:
             return None
+        mask: Any = inputs.get("attention_mask")
+        if _is_row(mask) and not bool(mask.all()):
+            # Padding, whose positions are 0: one sample.
+            return None
         starts = (positions[0] == 0).nonzero().squeeze(1).tolist()
         ends = [*starts[1:], positions.shape[1]]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -241,6 +245,13 @@ def with_index(dataset: Any) -> Any:
     return IndexedDataset(dataset)
 
 
+def has_rows(dataset: Any) -> bool:
+    """Return whether a data set has numbered rows; streams have none, with or without a length."""
+    if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset):
+        return False
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
 def fingerprint(dataset: Any) -> str:
     """Identify a data set by its length and, for `datasets`, by columns and a few rows.
 
@@ -250,7 +261,7 @@ def fingerprint(dataset: Any) -> str:
     Returns:
         Short text that changes with the data, and not with transforms or caches.
     """
-    length = len(dataset) if hasattr(dataset, "__len__") else -1
+    length = len(dataset) if has_rows(dataset) else -1
     text = f"{length} rows"
     if isinstance(dataset, datasets.Dataset) and length > 0:
         plain = dataset.with_format("arrow")
@@ -268,7 +279,7 @@ def fingerprint(dataset: Any) -> str:
 def content_ids(
     inputs: Mapping[str, Any], pad_token_id: int | None = None, eos_token_id: int = -1
 ) -> list[int]:
-    """Identify samples by their tokens (or pixels) and labels, whatever the padding.
+    """Identify samples by all inputs that have a row for each, whatever the padding.
 
     Args:
         inputs: The model's inputs.
@@ -278,39 +289,65 @@ def content_ids(
     Returns:
         A 64-bit integer for each row. Anything random in the inputs (augmentation, masking) makes
         it a new one every epoch.
+
+    Raises:
+        FNGDError: If no input has a row for each sample.
     """
     total: Tensor | None = None
     for salt, key in enumerate(_hashed_keys(inputs)):
         values = inputs[key].detach()
         if values.is_floating_point():
             values = values.float().contiguous().view(torch.int32)
-        values = values.reshape(len(values), -1).long()
-        mask = torch.ones_like(values, dtype=torch.bool)
-        if key == "input_ids" and inputs.get("attention_mask") is not None:
-            given = inputs["attention_mask"]
-            mask = given.bool() if given.shape == values.shape else mask
-        elif key == "labels":
-            mask = values != -100
-        elif key == "decoder_input_ids" and pad_token_id is not None:
-            # Shifted labels: the longest row of a batch has lost its last token, the end token.
-            mask = (values != pad_token_id) & (values != eos_token_id)
+        mask = _content_mask(key, values, inputs, pad_token_id, eos_token_id)
+        mask, values = mask.flatten(1), values.reshape(len(values), -1).long()
         rank = mask.cumsum(1)
         mixed = _mix(_mix(values + salt + 1) + rank * _MIX[0]) * mask
         total = mixed.sum(1) if total is None else _mix(total) + mixed.sum(1)
-    assert total is not None
+    if total is None:
+        raise FNGDError(
+            "share=sample finds no tensor with a row for each sample among the model's inputs: use "
+            "FNGDTrainer (row numbers), or set share=layer or none"
+        )
     return total.tolist()
 
 
 def _hashed_keys(inputs: Mapping[str, Any]) -> list[str]:
-    main = [k for k in ("input_ids", "pixel_values", "input_features") if _is_tensor(inputs, k)]
-    if not main:
-        main = [k for k in inputs if _is_tensor(inputs, k) and inputs[k].dim() > 0][:1]
-    extra = [k for k in ("labels", "decoder_input_ids") if _is_tensor(inputs, k)][:1]
-    return [*main, *(k for k in extra if k not in main)]
+    """Return the names of the inputs that tell samples apart: all with a row a sample, no masks."""
+    rows = batch_size(inputs)
+    found = {
+        key
+        for key, value in inputs.items()
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and len(value) == rows
+        and value.dtype != torch.bool
+        and not key.endswith("mask")
+        and key != "position_ids"
+    }
+    # Labels that were shifted are the same labels.
+    return sorted(found - {"decoder_input_ids"} if "labels" in found else found)
 
 
-def _is_tensor(inputs: Mapping[str, Any], key: str) -> bool:
-    return isinstance(inputs.get(key), Tensor)
+def _content_mask(
+    key: str, values: Tensor, inputs: Mapping[str, Any], pad_token_id: int | None, eos_token_id: int
+) -> Tensor:
+    """Return which entries of an input are content, in its shape with at least two dimensions."""
+    values = values.reshape(len(values), 1) if values.dim() == 1 else values
+    given = inputs.get("attention_mask")
+    if key == "labels":
+        return values != -100
+    if key == "decoder_input_ids" and pad_token_id is not None:
+        # Shifted labels: the longest row of a batch has lost its last token, the end token.
+        return (values != pad_token_id) & (values != eos_token_id)
+    if isinstance(given, Tensor) and given.dim() == 2 and values.shape[:2] == given.shape:
+        mask = given.bool()
+    elif values.shape[1] > 1 and not inputs[key].is_floating_point():
+        # Without a mask of its own a row ends where only zeros follow.
+        filled = (values != 0).reshape(*values.shape[:2], -1).any(2)
+        mask = filled.flip(1).cummax(1).values.flip(1)
+    else:
+        return torch.ones_like(values, dtype=torch.bool)
+    return mask.reshape(*mask.shape, *[1] * (values.dim() - 2)).expand(values.shape)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from hf_fngd.hf.registry import (
     optimizer_arguments,
     optimizer_name,
 )
-from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, with_index
+from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, has_rows, with_index
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -55,6 +55,8 @@ class LossScaleMixin(_Base):
             and num_items_in_batch is not None
             and isinstance(inputs, Mapping)
             and inputs.get("labels") is not None
+            # A loss of the user's class has the scale that the user gave it.
+            and self._loss_is_transformers
             # With these the Trainer computes the loss itself, and does so correctly.
             and getattr(self, "label_smoother", None) is None
             and getattr(self, "compute_loss_func", None) is None
@@ -73,6 +75,13 @@ class LossScaleMixin(_Base):
         loss = (result[0] if return_outputs else result) * tokens / num_items_in_batch
         return (loss, *result[1:]) if return_outputs else loss
 
+    @property
+    def _loss_is_transformers(self) -> bool:
+        """Whether `compute_loss` is transformers' own, and nobody said what its scale is."""
+        owners = [kind for kind in type(self).__mro__ if "compute_loss" in vars(kind)]
+        own = all(kind is LossScaleMixin or _is_transformers(kind) for kind in owners)
+        return own and getattr(self, "loss_is_scaled_for_ga", None) is None
+
     def _ignores(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
         """Probe once whether the model's loss ignores the number of items."""
         if self._ignores_num_items is None:
@@ -88,18 +97,24 @@ class LossScaleMixin(_Base):
         return self._ignores_num_items
 
 
+def _is_transformers(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "transformers"
+
+
 @torch.no_grad()
 def _same_loss(model: nn.Module, inputs: Mapping[str, Any], num_items: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        losses = [
-            model(**inputs, num_items_in_batch=num_items * factor)["loss"].float()
-            for factor in (1, 3)
-        ]
+        losses = []
+        for factor in (1, 3):
+            out = model(**inputs, num_items_in_batch=num_items * factor)
+            losses.append((out["loss"] if isinstance(out, Mapping) else out[0]).float())
+        return bool(torch.isclose(losses[0], losses[1], rtol=1e-3))
+    except Exception:  # The model is code of other people: what cannot be probed is left as it is.
+        return False
     finally:
         model.train(training)
-    return bool(torch.isclose(losses[0], losses[1], rtol=1e-3))
 
 
 class FNGDMixin(LossScaleMixin):
@@ -140,6 +155,11 @@ class FNGDMixin(LossScaleMixin):
             callbacks.insert(1, self._fngd_callback)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self._settings()
+        elif fngd_config is not None:
+            raise FNGDError(
+                "the Trainer has an optimizer already (optimizers= or optimizer_cls_and_kwargs=), "
+                "and fngd_config asks for another one: give one of them"
+            )
 
     def _settings(self) -> OptimizerConfig:
         # Read anew for each optimizer: a hyper-parameter search changes the arguments.
@@ -197,7 +217,7 @@ class FNGDMixin(LossScaleMixin):
 
     def get_train_dataloader(self) -> Any:  # noqa: D102
         dataset, collator = self.train_dataset, self.data_collator
-        if not hasattr(dataset, "__len__"):
+        if not has_rows(dataset):
             return super().get_train_dataloader()
         self._set_signature_columns_if_needed()
         if INDEX_COLUMN not in self._signature_columns:

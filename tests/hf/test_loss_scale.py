@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Seq2SeqTrainer, set_seed
 
-from hf_fngd import FNGDCallback, FNGDSeq2SeqTrainer, FNGDTrainer
+from hf_fngd import FNGDCallback, FNGDMixin, FNGDSeq2SeqTrainer, FNGDTrainer
 from hf_fngd.hf.trainer import LossScaleMixin
 from tests.hf_utils import VOCAB, arguments, make_trainer, tiny_marian, weights
 
@@ -114,3 +115,66 @@ def test_probe_draws_no_random_numbers(tmp_path):
         runs.append(weights(trainer.model))
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name])
+
+
+class SumOverUpdate(Seq2SeqTrainer):
+    """Divides by the tokens of the whole update."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs).logits.flatten(0, 1)
+        labels = inputs["labels"].flatten()
+        return nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+class MeanOfBatch(Seq2SeqTrainer):
+    """A mean, which the Trainer divides by the micro-batches."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs).logits.flatten(0, 1)
+        return nn.functional.cross_entropy(logits, inputs["labels"].flatten())
+
+
+class ToldByUser(Seq2SeqTrainer):
+    """Transformers' own loss, whose scale the user corrects."""
+
+    loss_is_scaled_for_ga = False
+
+
+@pytest.mark.parametrize("own", [SumOverUpdate, MeanOfBatch, ToldByUser])
+def test_a_loss_of_the_user_keeps_its_scale(own, tmp_path):
+    mixed = type("Mixed", (FNGDMixin, own), {})
+    options = {"optim_args": "share=none,damping=1e9"}
+    for parts in (1, 4):
+        plain, _ = first_gradients(
+            own, tmp_path, tiny_marian(dropout=0.0), parts, optim="adamw_torch", optim_args=None
+        )
+        found, _ = first_gradients(mixed, tmp_path, tiny_marian(dropout=0.0), parts, **options)
+        for name, gradient in plain.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+class Pair(nn.Module):
+    """Returns a tuple, and takes the number of items only to ignore it."""
+
+    def __init__(self, training_only=False):
+        super().__init__()
+        self.layer, self.training_only = nn.Linear(6, 3), training_only
+
+    def forward(self, x=None, labels=None, **kwargs):
+        logits = self.layer(x)
+        loss = nn.functional.cross_entropy(logits, labels)
+        if self.training_only:
+            return {"loss": loss, "logits": logits} if self.training else {"logits": logits}
+        return loss, logits
+
+
+@pytest.mark.parametrize("training_only", [False, True])
+def test_a_model_that_cannot_be_probed_trains(training_only, tmp_path):
+    rows = [{"x": torch.randn(6), "labels": i % 3} for i in range(12)]
+    args = arguments(tmp_path, num_train_epochs=1, per_device_train_batch_size=4)
+    trainer = FNGDTrainer(model=Pair(training_only), args=args, train_dataset=rows)
+    assert trainer.train().global_step == 3

@@ -1,6 +1,7 @@
 """Row numbers and content hashes name the same sample whatever the padding and order."""
 
 import datasets
+import pytest
 import torch
 
 from hf_fngd.hf.samples import (
@@ -8,6 +9,7 @@ from hf_fngd.hf.samples import (
     IndexCollator,
     content_ids,
     fingerprint,
+    packed_lengths,
     with_index,
 )
 from tests.hf_utils import EOS, PAD, pad_collator, tiny_marian, token_pairs
@@ -127,3 +129,48 @@ def test_fingerprint_follows_content_not_transforms():
     assert fingerprint(data) != fingerprint(token_pairs(20, seed=1))
     assert fingerprint(data) != fingerprint(token_pairs(19))
     assert fingerprint(Squares()) == "5 rows"
+
+
+def test_every_input_with_a_row_for_each_sample_counts():
+    rows = torch.Generator().manual_seed(0)
+    boxes = torch.randint(0, 99, (12, 4, 4), generator=rows)
+    waves = torch.randn(12, 7, generator=rows)
+    documents = torch.randint(1, 50, (12, 6), generator=rows)
+    same = torch.ones(12, 4, dtype=torch.long)
+    for inputs in (
+        {"attention_mask": torch.ones(12, 7).long(), "input_values": waves},
+        {"input_ids": same, "bbox": boxes},
+        {"query_ids": same, "doc_ids": documents, "labels": torch.zeros(12).long()},
+        {"x": torch.ones(12, 3), "weight": torch.arange(12.0)},
+    ):
+        assert len(set(content_ids(inputs))) == 12, inputs.keys()
+
+
+def test_inputs_without_a_row_for_each_sample_do_not_count():
+    ids, patches = torch.arange(36).reshape(4, 9), torch.randn(64, 96)
+    expected = content_ids({"input_ids": ids})
+    assert content_ids({"input_ids": ids, "pixel_values": patches}) == expected
+    assert content_ids({"input_ids": ids, "flags": torch.rand(4, 9) > 0.5}) == expected
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_of_further_inputs_is_ignored(masked):
+    short = {"doc_ids": torch.tensor([[5, 6, 7], [8, 9, 0]])}
+    wide = {"doc_ids": torch.tensor([[5, 6, 7, 0, 0], [8, 9, 0, 0, 0]])}
+    if masked:
+        for one in (short, wide):
+            one["attention_mask"] = (one["doc_ids"] > 0).long()
+            one["token_type_ids"] = torch.ones_like(one["doc_ids"])
+        wide["token_type_ids"][:, 3:] = 0
+    assert content_ids(short) == content_ids(wide)
+    assert len(set(content_ids(short))) == 2
+
+
+def test_a_left_padded_row_is_one_sample():
+    row = torch.tensor([[0, 0, 0, 5, 6, 7]])
+    mask = (row > 0).long()
+    positions = (mask.cumsum(1) - 1).clip(min=0)
+    padded = {"input_ids": row, "attention_mask": mask, "position_ids": positions}
+    assert packed_lengths(padded) is None
+    # Without padding the same positions are those of packed samples.
+    assert packed_lengths({"input_ids": row, "position_ids": positions}) == [1, 1, 1, 3]
