@@ -90,6 +90,8 @@ def whole_numbers(ids: Any) -> list[int]:
         found = given.long()
     except (TypeError, ValueError, RuntimeError) as error:
         raise FNGDError(advice.format(error)) from None
+    if found.dim() != 1:
+        raise FNGDError(advice.format(f"not a table of shape {[*found.shape]}"))
     other = given[given != found]
     if len(other):
         raise FNGDError(advice.format(f"not {other[0]:g}"))

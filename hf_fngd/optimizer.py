@@ -116,6 +116,12 @@ class LayerOptimizer(torch.optim.Optimizer):
     def set_up(self, module: nn.Module) -> None:
         """Make the method's own state, before the layers' halves; settings and layers are known."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise FNGDError(
+            f"{self.config.title} cannot be copied or pickled, because it is attached to a model: "
+            "make a new optimizer for the copy, and load this one's state_dict() into it"
+        )
+
     # ---- capture -----------------------------------------------------------------------------
 
     def attach(self) -> None:
@@ -175,6 +181,11 @@ class LayerOptimizer(torch.optim.Optimizer):
         Raises:
             FNGDError: If the method needs what is missing, or samples and lengths do not agree.
         """
+        if isinstance(sample_ids, Tensor) and sample_ids.dim() != 1:
+            # The ids of a last batch of one row may come without their dimension.
+            if sample_ids.numel() != (len(sample_ids) if sample_ids.dim() else 1):
+                raise FNGDError(f"sample_ids must have the shape [N], not {[*sample_ids.shape]}")
+            sample_ids = sample_ids.reshape(-1)
         size = None if sample_ids is None else len(sample_ids)
         packed = None if lengths is None else [int(length) for length in lengths]
         if packed is not None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from hf_fngd.errors import FNGDError
+
 # Root mean square of a typical AdamW update (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 ADAMW_RMS = 0.2
 _RMS_EPSILON = 1e-12
@@ -104,7 +106,7 @@ def adamw_rule(
         maximize=False,
         foreach=None,
         # Elsewhere torch chooses: the fused kernel wants the step counts on the device, too.
-        fused=all(p.device.type == "cpu" for p in params) or None,
+        fused=all(p.device.type == "cpu" and not p.is_complex() for p in params) or None,
     )
 
 
@@ -153,7 +155,15 @@ def apply_rule(
         params: Parameters with gradients, updated in place.
         states: Their optimizer states, updated in place.
         group: Hyper-parameters.
+
+    Raises:
+        FNGDError: For a sparse gradient.
     """
+    if any(p.grad is not None and p.grad.is_sparse for p in params):
+        raise FNGDError(
+            "a parameter has a sparse gradient, which these update rules cannot take: make its "
+            "embedding with sparse=False"
+        )
     low = [p.dtype in (torch.bfloat16, torch.float16) for p in params]
     work = [p.float() if is_low else p for p, is_low in zip(params, low, strict=True)]
     grads = [p.grad.to(w.dtype) for p, w in zip(params, work, strict=True) if p.grad is not None]

@@ -29,18 +29,19 @@ _ATTRIBUTE = "_fngd_layer"
 _SWAPPED: dict[type, type] = {}
 
 
-def _skips(module: nn.Module, x: Tensor) -> bool:
+def _skips(layer: LayerMethod, module: nn.Module, x: Tensor) -> bool:
     """Return True if the module's own forward should run."""
     return (
         not torch.is_grad_enabled()
         or not module.get_parameter("weight").requires_grad
-        or x.dim() < 2
+        or x.dim() < layer.kind.batched_dim
+        or x.shape[0] == 0
     )
 
 
 def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
     """Run a layer under capture; None if the module's own forward should run."""
-    batch = None if _skips(module, x) else layer.batches.of_forward(x.shape[0], layer.name)
+    batch = None if _skips(layer, module, x) else layer.batches.of_forward(x.shape[0], layer.name)
     if batch is None:
         return None
     weight: Tensor = module.get_parameter("weight")
@@ -140,7 +141,7 @@ class _Captured:
         inputs = (*args, *kwargs.values())
         layer = getattr(self, _ATTRIBUTE)
         plain = len(inputs) > 1 or torch.compiler.is_exporting()
-        if plain or _skips(self, inputs[0]):  # type: ignore[arg-type]
+        if plain or _skips(layer, self, inputs[0]):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if layer.gated or not layer.in_graph:
             return self._run(*args, **kwargs)

@@ -137,7 +137,9 @@ class FisherLabels:
         begun = optimizer.begin_sampling()
         if begun is None:
             return
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        logits = getattr(output, "logits", output)
+        if isinstance(output, Mapping):
+            logits = output.get("logits")
         problem = getattr(getattr(model, "config", None), "problem_type", None)
         if (
             not isinstance(logits, Tensor)
@@ -148,7 +150,7 @@ class FisherLabels:
             shape = f" with logits {[*logits.shape]}" if isinstance(logits, Tensor) else ""
             raise FNGDError(
                 "fisher_labels=sampled needs a model whose output is the logits of one class a "
-                "position ([N, C] or [N, T, C], a tensor or .logits), not "
+                "position ([N, C] or [N, T, C], a tensor or its logits), not "
                 f"{type(output).__name__}{shape} and problem_type={problem}: {_WAY_OUT}"
             )
         mask = labelled_positions(model, logits, named_inputs(model, args, kwargs))

@@ -224,7 +224,9 @@ class PreconditionedOptimizer(LayerOptimizer):
 
     def _update(self) -> None:
         current = self.batches.current
-        if self.config.fisher_labels == "sampled" and current is not None and not self.seen:
+        # A batch of no rows has no layer to see it.
+        called = current is not None and current.size != 0
+        if self.config.fisher_labels == "sampled" and called and not self.seen:
             raise FNGDError(
                 "fisher_labels=sampled saw no forward of the whole model in this step: call the "
                 "model itself and not its parts, set use_reentrant=False where blocks are "

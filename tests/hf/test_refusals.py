@@ -117,7 +117,7 @@ def layer():
         (lambda o: FNGD([], module=layer(), config=3), "FNGD takes config=FNGDConfig.*not a int"),
         (
             lambda o: FNGD([], module=torch.nn.ReLU()),
-            "the model has none: each must be one of Linear",
+            r"none can be chosen \(the model has no parameters\)",
         ),
         (lambda o: FNGDConfig(target_modules=3), "target_modules=3: give names of layers, or one"),
         (lambda o: FNGDConfig(momentum=None), "momentum must be a finite number at least 0"),
