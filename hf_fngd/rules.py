@@ -73,8 +73,11 @@ def _rms_sgd(
         updates = [state["momentum_buffer"] for state in states]
         torch._foreach_mul_(updates, momentum)
         torch._foreach_add_(updates, grads)
-    for param, update, norm in zip(params, updates, torch._foreach_norm(updates), strict=True):
+    sizes, norms = torch._foreach_norm(grads), torch._foreach_norm(updates)
+    for param, size, update, norm in zip(params, sizes, updates, norms, strict=True):
         length = group["lr"] * ADAMW_RMS * param.numel() ** 0.5
+        # A weight out of use stands still: its old momentum would be stretched to full length.
+        norm = norm.masked_fill(size == 0, torch.inf)
         param.addcmul_(update, -length / (norm + _RMS_EPSILON))
 
 

@@ -20,6 +20,7 @@ def make(model, method, **settings):
     return create_preconditioned_optimizer(model, method=method, lr=1e-2, **own | settings)
 
 
+@pytest.mark.feature("Copies and pickles of an optimizer", "refused", "load its `state_dict`")
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, copy.copy])
 @pytest.mark.parametrize("method", METHODS)
 def test_copies_are_refused(method, copied):
@@ -52,6 +53,7 @@ def test_complex_parameters_follow_torchs_adamw(method):
     torch.testing.assert_close(net.w, twin.w)
 
 
+@pytest.mark.feature("Sparse gradients", "refused")
 @pytest.mark.parametrize("method", METHODS)
 def test_sparse_gradients_are_refused(method):
     net = nn.Sequential(nn.EmbeddingBag(20, 6, sparse=True), nn.Linear(6, 3))
@@ -129,3 +131,47 @@ def test_an_image_without_a_batch_gets_the_plain_gradient(method):
         model(x).sum().backward()
     assert torch.equal(net[0].weight.grad, twin[0].weight.grad)
     optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["fngd", "plain"])
+def test_a_weight_out_of_use_stands_still(method):
+    net = network()
+    optimizer = make(net, method, update_scale="rms")
+
+    def step(factor):
+        optimizer.set_batch(range(4))
+        (factor * net(torch.randn(4, 6)).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    for _ in range(3):
+        step(1.0)
+    before = net[0].weight.detach().clone()
+    for _ in range(20):
+        step(0.0)
+    assert torch.equal(net[0].weight, before)
+    step(1.0)
+    moved = (net[0].weight - before).square().mean().sqrt()
+    torch.testing.assert_close(moved, torch.tensor(0.2 * 1e-2), rtol=1e-4, atol=0)
+
+
+@pytest.mark.feature("Accumulation and GradScaler in a plain loop", "works", "`set_loss_scale`")
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "plain"])
+def test_a_loop_says_how_its_loss_was_scaled(method):
+    x, y = torch.randn(8, 6).repeat(4, 1), torch.randint(0, 3, (8,)).repeat(4)
+    start = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    found = []
+    for parts, scale in ((1, 1.0), (4, 1.0), (1, 2.0**10), (4, 2.0**10)):
+        net = copy.deepcopy(start)
+        own = {"kl_clip": 1e-2, "fisher_labels": "empirical"} if method != "fngd" else {}
+        settings = {"damping": 1e-2, "damping_mode": "absolute", "momentum": 0.0}
+        optimizer = make(net, method, update_scale="none", **settings | own)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            optimizer.set_batch(range(len(xs)))
+            optimizer.set_loss_scale(parts, scaler.get_scale())
+            scaler.scale(nn.functional.cross_entropy(net(xs), ys) / parts).backward()
+        scaler.step(optimizer)
+        found.append(net[0].weight - start[0].weight)
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-3, atol=1e-6)

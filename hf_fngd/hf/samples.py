@@ -8,7 +8,7 @@ Either way `announce` tells the optimizer before the forward pass.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import datasets
@@ -34,8 +34,8 @@ def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) ->
     Args:
         optimizer: The optimizer; None if it is not one of the package.
         model: The unwrapped model.
-        inputs: The model's inputs by name; `INDEX_COLUMN` is taken out. Without it the content is
-            hashed, as it is where packing made one row of several.
+        inputs: The model's inputs by name, nested or in a list; `INDEX_COLUMN` is taken out.
+            Without it the content is hashed, as it is where packing made one row of several.
 
     Raises:
         FNGDError: For a packed row, under a method that needs one row a sample.
@@ -43,6 +43,8 @@ def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) ->
     rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
     if optimizer is None or not optimizer.layers:
         return
+    if not (isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values()))):
+        inputs = dict(_tensors(inputs))
     size = batch_size(inputs)
     if size is None:
         return
@@ -83,12 +85,27 @@ class SampleHook:
         return SampleHook, (None,)
 
 
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _tensors(inputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a nested batch, by dotted names."""
+    items: Iterable[tuple[Any, Any]] = inputs.items() if isinstance(inputs, Mapping) else ()
+    if isinstance(inputs, list | tuple):
+        items = enumerate(inputs)
+    for name, value in items:
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            yield from _tensors(value, f"{prefix}{name}.")
+
+
 def batch_size(inputs: Mapping[str, Any]) -> int | None:
     """Return the number of rows of the first tensor that has them; None without a tensor."""
     for key in (*_MAIN_INPUTS, *inputs):
-        value = inputs.get(key)
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return len(value)
+        if _has_rows(inputs.get(key)):
+            return len(inputs[key])
     return None
 
 
@@ -212,7 +229,7 @@ class IndexCollator:
             else:
                 items.append(feature)
         batch = self.collator(items)
-        if len(rows) == len(features) and hasattr(batch, "__setitem__"):
+        if len(rows) == len(features) and isinstance(batch, MutableMapping):
             batch[INDEX_COLUMN] = torch.tensor(rows) if self.as_tensor else rows
         return batch
 

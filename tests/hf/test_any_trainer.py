@@ -1,4 +1,4 @@
-"""However a training begins, counts its epochs or ends, the model is the user's again."""
+"""Streams, nested batches, epochs cut short and interrupts: a Trainer trains as with AdamW."""
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ class Stop(TrainerCallback):
             raise self.error
 
 
+@pytest.mark.feature("Training interrupted or ended by an exception", "works", "the model is free")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("CUDA out of memory")])
 @pytest.mark.parametrize(
     "optim_args", ["share=layer", "share=sample", "fisher_labels=sampled"], ids=str
@@ -128,3 +129,47 @@ def test_two_optimizers_are_refused(tmp_path):
             fngd_config=FNGDConfig(),
             optimizers=(torch.optim.AdamW(net.parameters()), None),
         )
+
+
+class Nested(Net):
+    def forward(self, feats=None, target=None):
+        return super().forward(feats["x"], target["y"])
+
+
+def nest(features):
+    return {
+        "feats": {"x": torch.stack([one["x"] for one in features])},
+        "target": {"y": torch.tensor([one["labels"] for one in features])},
+    }
+
+
+@pytest.mark.feature("Batches that are nested, lists or tuples", "works")
+@pytest.mark.parametrize("kind", [Trainer, FNGDTrainer])
+def test_nested_batches_train(kind, tmp_path):
+    args = options(tmp_path, optim_args="share=sample", remove_unused_columns=False)
+    trainer = kind(model=Nested(), args=args, train_dataset=rows(), data_collator=nest)
+    assert trainer.train().global_step == 6
+    assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
+
+
+class Tensors(Net):
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize("kind", [Trainer, FNGDTrainer])
+def test_batches_that_are_lists_train(kind, as_tuple, tmp_path):
+    class Own(kind):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return nn.functional.cross_entropy(model(inputs[0]), inputs[1])
+
+    def collate(features):
+        batch = torch.utils.data.default_collate(features)
+        return tuple(batch) if as_tuple else batch
+
+    data = torch.utils.data.TensorDataset(torch.randn(12, 6), torch.arange(12) % 3)
+    args = options(tmp_path, optim_args="share=sample")
+    trainer = Own(model=Tensors(), args=args, train_dataset=data, data_collator=collate)
+    assert trainer.train().global_step == 6
+    assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
