@@ -56,8 +56,8 @@ class LayerOptimizer(torch.optim.Optimizer):
     # Whether `precondition` needs whole gradients, which FSDP and DeepSpeed divide or hide.
     needs_whole_gradients: ClassVar[bool] = False
     config: Any
-    # The layer half of each captured layer, in model order.
-    layers: list[Any]
+    # Each captured layer with its layer half, in model order.
+    captured: list[tuple[nn.Module, Any]]
 
     def __init__(
         self,
@@ -101,16 +101,14 @@ class LayerOptimizer(torch.optim.Optimizer):
         groups = divide(params, self.selection, config.update_rule, config.other_lr)
         super().__init__(groups, defaults)
         self.set_up(module)
-        chosen = self.selection.chosen.values()
-        self.layers = []
+        self.captured = []
         if self.layer_class is not None:
-            self.layers = [
-                self.layer_class(self, number, layer, kind)
-                for number, (layer, kind) in enumerate(chosen)
+            self.captured = [
+                (layer, self.layer_class(self, number, layer, kind))
+                for number, (layer, kind) in enumerate(self.selection.chosen.values())
             ]
-        pairs = [(layer, half) for (layer, _), half in zip(chosen, self.layers, strict=False)]
         # A model whose optimizer is gone trains plainly.
-        weakref.finalize(self, _detach, pairs).atexit = False
+        weakref.finalize(self, _detach, self.captured).atexit = False
         self.attach()
 
     def set_up(self, module: nn.Module) -> None:
@@ -124,15 +122,19 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     # ---- capture -----------------------------------------------------------------------------
 
+    @property
+    def layers(self) -> list[Any]:
+        """The layer half of each captured layer, in model order."""
+        return [layer for _, layer in self.captured]
+
     def attach(self) -> None:
         """Put the selected layers under capture; does nothing where they already are."""
-        for (module, _), layer in zip(self.selection.chosen.values(), self.layers, strict=False):
+        for module, layer in self.captured:
             capture.attach(module, layer)
 
     def detach(self) -> None:
         """Take all layers out of capture; the model is as it was before."""
-        for (module, _), layer in zip(self.selection.chosen.values(), self.layers, strict=False):
-            capture.detach(module, layer)
+        _detach(self.captured)
         self.batches.close()
 
     # ---- what a training loop says -------------------------------------------------------------
@@ -385,6 +387,6 @@ def _other_version(sign: str) -> str:
     )
 
 
-def _detach(pairs: list[tuple[nn.Module, LayerMethod]]) -> None:
-    for module, layer in pairs:
+def _detach(captured: list[tuple[nn.Module, LayerMethod]]) -> None:
+    for module, layer in captured:
         capture.detach(module, layer)

@@ -79,3 +79,18 @@ class LayerMethod:
             plain ones.
         """
         return sum_gradients(self.kind, calls, bias)
+
+    def count_delivery(self, batch: Batch, each: str) -> None:
+        """Count a backward pass of the layer, and warn where it is not the batch's first.
+
+        Args:
+            batch: The batch.
+            each: What became of each of the passes, for the warning.
+        """
+        if self.number in batch.delivered:
+            self.batches.warn_once(
+                self.name,
+                f"had two backward passes for one batch, each {each}; where checkpointed blocks "
+                "share it, set use_reentrant=False",
+            )
+        batch.delivered.add(self.number)

@@ -11,6 +11,8 @@ lets go of the model also where it ends by an exception or an interrupt.
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -152,9 +154,9 @@ def register() -> None:
         )
     for name in OPTIMIZERS:
         _add_member(name)
-    _check_arguments()
-    _wrap_dispatch(trainer_class)
-    _wrap_train(trainer_class)
+    _wrap(TrainingArguments, "__post_init__", _checked)
+    _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _dispatched)
+    _wrap(trainer_class, "train", _released)
     if FNGDCallback not in trainer_module.DEFAULT_CALLBACKS:
         trainer_module.DEFAULT_CALLBACKS.append(FNGDCallback)
 
@@ -176,42 +178,36 @@ def _add_member(value: str) -> None:
     type.__setattr__(OptimizerNames, name, member)
 
 
-def _check_arguments() -> None:
-    original = TrainingArguments.__post_init__
+def _wrap(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+    """Replace a method by what `make` returns for it, once."""
+    original = getattr(owner, name)
     if getattr(original, "knows_fngd", False):
         return
+    wrapped: Any = functools.wraps(original)(make(original))
+    wrapped.knows_fngd = True
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if static else wrapped)
 
-    @functools.wraps(original)
+
+def _checked(original: Any) -> Callable[..., Any]:
     def check(self: TrainingArguments) -> None:
         original(self)
         if optimizer_name(self) in OPTIMIZERS:
             config_from_args(self)
 
-    check.knows_fngd = True  # type: ignore[attr-defined]
-    TrainingArguments.__post_init__ = check
+    return check
 
 
-def _wrap_dispatch(trainer_class: Any) -> None:
-    original = trainer_class.get_optimizer_cls_and_kwargs
-    if getattr(original, "knows_fngd", False):
-        return
-
-    @functools.wraps(original)
+def _dispatched(original: Any) -> Callable[..., Any]:
     def dispatch(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
         if optimizer_name(args) in OPTIMIZERS:
             return optimizer_arguments(args, model, config_from_args(args))
         return original(args, model)
 
-    dispatch.knows_fngd = True  # type: ignore[attr-defined]
-    trainer_class.get_optimizer_cls_and_kwargs = staticmethod(dispatch)
+    return dispatch
 
 
-def _wrap_train(trainer_class: Any) -> None:
-    original = trainer_class.train
-    if getattr(original, "knows_fngd", False):
-        return
-
-    @functools.wraps(original)
+def _released(original: Any) -> Callable[..., Any]:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
@@ -221,5 +217,4 @@ def _wrap_train(trainer_class: Any) -> None:
                 if isinstance(callback, FNGDCallback):
                     callback.release(self.optimizer)
 
-    train.knows_fngd = True  # type: ignore[attr-defined]
-    trainer_class.train = train
+    return train

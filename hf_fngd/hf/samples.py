@@ -41,7 +41,7 @@ def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) ->
         FNGDError: For a packed row, under a method that needs one row a sample.
     """
     rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
-    if optimizer is None or not optimizer.layers:
+    if optimizer is None or not optimizer.captured:
         return
     if not (isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values()))):
         inputs = dict(_tensors(inputs))

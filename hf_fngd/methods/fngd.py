@@ -122,14 +122,8 @@ class FNGDLayer(LayerMethod):
         self, batch: Batch, calls: list[Call], bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         fngd, kind = self.optimizer, self.kind
-        if self.number in batch.delivered:
-            self.batches.warn_once(
-                self.name,
-                "had two backward passes for one batch, each with its own coefficients; where "
-                "checkpointed blocks share it, set use_reentrant=False",
-            )
         batch.used = True
-        batch.delivered.add(self.number)
+        self.count_delivery(batch, "with its own coefficients")
         with fngd.counters.clock.timer(calls[0].x.device):
             gamma, per_sample = self._solve(batch, calls, bias)
         scaled = [

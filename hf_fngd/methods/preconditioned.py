@@ -149,13 +149,7 @@ class PreconditionedOptimizer(LayerOptimizer):
         sampled = self.config.fisher_labels == "sampled"
         if self._sampling != sampled:
             return None, not self._sampling
-        if layer.number in batch.delivered:
-            self.batches.warn_once(
-                layer.name,
-                "had two backward passes for one batch, each observed by itself; where "
-                "checkpointed blocks share it, set use_reentrant=False",
-            )
-        batch.delivered.add(layer.number)
+        layer.count_delivery(batch, "observed by itself")
         samples = call.x.shape[0]
         self.seen = max(self.seen, samples)
         return (1.0 if sampled else samples * self.loss_divisor), not self._sampling
@@ -183,7 +177,7 @@ class PreconditionedOptimizer(LayerOptimizer):
 
     def weights(self) -> list[Tensor]:
         """Return the weights of the captured layers."""
-        return [module.get_parameter("weight") for module, _ in self.selection.chosen.values()]
+        return [module.get_parameter("weight") for module, _ in self.captured]
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -191,19 +185,17 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self.batches.active:
             self._update()
         active = [
-            (layer, module, kind)
-            for layer, (module, kind) in zip(
-                self.layers, self.selection.chosen.values(), strict=True
-            )
+            (module, layer)
+            for module, layer in self.captured
             if module.get_parameter("weight").grad is not None
         ]
         if not active:
             return
-        means = [join(module, kind, _gradient) for _, module, kind in active]
-        parts = [layer.local_parts(m) for (layer, *_), m in zip(active, means, strict=True)]
+        means = [join(module, layer.kind, _gradient) for module, layer in active]
+        parts = [layer.local_parts(m) for (_, layer), m in zip(active, means, strict=True)]
         ranks.average([part for one in parts for part in one])
         directions, dampings = [], []
-        for (layer, *_), m, part in zip(active, means, parts, strict=True):
+        for (_, layer), m, part in zip(active, means, parts, strict=True):
             v, damping = layer.combine(m, part)
             # A failure in one layer must not reach its weights.
             directions.append(torch.where(v.isfinite().all(), v, m))
@@ -211,11 +203,11 @@ class PreconditionedOptimizer(LayerOptimizer):
         if self.config.kl_clip is not None:
             rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
             # A weight that is in no group does not move.
-            known = [rates.get(id(m.get_parameter("weight")), 0.0) for _, m, _ in active]
+            known = [rates.get(id(m.get_parameter("weight")), 0.0) for m, _ in active]
             self._kl_scale = kl_scale(self.config.kl_clip, known, dampings, means, directions)
             directions = [v * self._kl_scale.to(v.dtype) for v in directions]
-        for (_, module, kind), v in zip(active, directions, strict=True):
-            _write(module, kind, v)
+        for (module, layer), v in zip(active, directions, strict=True):
+            _write(module, layer.kind, v)
 
     def end_step(self) -> None:
         super().end_step()
