@@ -166,7 +166,7 @@ class Workload:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Run the model forward and return its loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=self.bf16):
             return model(**batch).loss
 
 
