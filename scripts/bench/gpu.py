@@ -4,8 +4,9 @@ r"""Measure time, memory and work of the optimizers on a GPU, within some minute
 
 Every part runs in this one process: steps of FNGD's later and first epochs on five shapes against
 `torch.optim.AdamW(fused=True)`, with peak memory and a roofline; a profile of a step; the update
-rules alone; KFAC, TENGraD, SENG and Eva on images. A part that fails leaves its message in the
-results and the others go on. The results are written after each part, and a table comes last.
+rules alone; solves of small systems; KFAC, TENGraD, SENG and Eva on images. A part that fails
+leaves its message in the results and the others go on. The results are written after each part, and
+a table comes last.
 
     python scripts/bench/gpu.py --tiny --device cpu --output /tmp/gpu.json     # a rehearsal
 """
@@ -28,11 +29,12 @@ from typing import Any
 import torch
 from accelerator import Clock, Peak, ceilings, demand, facts, summarise
 from measure import parse
+from solves import time_solves
 from tabulate import tabulate
 from traces import profile_steps
 from trials import IMAGES, METHODS, RULES, Trial, shapes
 
-PARTS = ("ceilings", "shapes", "profile", "rules", "methods")
+PARTS = ("ceilings", "shapes", "profile", "rules", "solves", "methods")
 # Names of steps: the trial that takes them, and what it enters before. Ratios are to the first.
 # FNGD's first epoch comes before its later ones, which need the coefficients.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,6 +76,9 @@ class Bench:
         self.options = options
         self.device = torch.device(options.device)
         self.clock = Clock(self.device)
+        if options.tiny:
+            # More threads would only wait for each other.
+            torch.set_num_threads(1)
         self.end = time.perf_counter() + 60 * options.minutes
         self.shapes = shapes(options.tiny)
         self.machine = facts(self.device)
@@ -240,6 +245,10 @@ class Bench:
             self.run("profile", self.profile, _PROFILE_SECONDS)
         if "rules" in parts:
             self.run("rules", self.rules, _RULES_SECONDS)
+        if "solves" in parts:
+            sizes = (8,) if self.options.tiny else (16, 64, 128, 256)
+            part = functools.partial(time_solves, clock=self.clock, sizes=sizes)
+            self.run("solves", part, _RULES_SECONDS)
         if "methods" in parts:
             for name, method in METHODS.items():
                 part = functools.partial(self.method, name=name)

@@ -46,7 +46,6 @@ def shapes(tiny: bool) -> dict[str, Workload]:
     if not tiny:
         return dict(_SHAPES)
     small = {"width": 4, "ffn_dim": 32, "layers": 1, "vocab_size": 50, "batch_size": 4, "length": 5}
-    # More threads only wait for each other.
     small["threads"] = 1
     widths = {"marian": 16, "gpt2": 64, "lora": 128, "resnet18": 16}
     return {

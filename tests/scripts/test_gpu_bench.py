@@ -51,6 +51,7 @@ def test_every_part_has_results(gpu, tmp_path, capsys):
         assert found["kinds"].keys() == {"adamw", "fngd", *found["shares"]}
         assert sum(found["shares"].values()) == pytest.approx(1)
     assert written["results"]["rules"]["adamw"]["ratio"] == 1
+    assert all(row["us"] > 0 for row in written["results"]["solves"]["8"].values())
     for kind in ("adamw", "fngd_adamw first"):
         found = written["results"]["profile"][kind]
         assert "aten::addmm" in found["top_operators"] and found["seconds"] > 0
