@@ -26,7 +26,7 @@ from hf_fngd.capture import Batch, Batches, LayerMethod
 from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError, check_number
 from hf_fngd.layers.selection import divide, select_layers
-from hf_fngd.rules import apply_rule
+from hf_fngd.rules import apply_rule, step_device
 
 
 class LayerOptimizer(torch.optim.Optimizer):
@@ -363,7 +363,7 @@ class LayerOptimizer(torch.optim.Optimizer):
         order = [i for group in plain["param_groups"] for i in group["params"]]
         for number, param in zip(order, members, strict=True):
             for key, value in plain["state"].get(number, {}).items():
-                device = "cpu" if key == "step" else param.device
+                device = step_device(param) if key == "step" else param.device
                 self.state[param][key] = value.detach().clone().to(device)
 
     def _check_settings(self, saved: dict[str, Any]) -> None:

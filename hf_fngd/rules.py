@@ -35,11 +35,13 @@ def sgd_rule(
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
     if group["update_scale"] == "rms":
-        # On a CPU one weight after the other, whose update is then still in the cache.
-        size = 1 if all(p.device.type == "cpu" for p in params) else len(params)
-        for i in range(0, len(params), size):
-            part = slice(i, i + size)
-            _rms_sgd(params[part], grads[part], states[part], group)
+        parts: dict[Any, list[int]] = {}
+        for i, param in enumerate(params):
+            # On a CPU one weight after the other, whose update is then still in the cache.
+            key = i if param.device.type == "cpu" else (param.device, param.dtype)
+            parts.setdefault(key, []).append(i)
+        for part in parts.values():
+            _rms_sgd(*([each[i] for i in part] for each in (params, grads, states)), group)
         return
     buffers = [state.get("momentum_buffer") for state in states]
     sgd(
@@ -73,12 +75,21 @@ def _rms_sgd(
         updates = [state["momentum_buffer"] for state in states]
         torch._foreach_mul_(updates, momentum)
         torch._foreach_add_(updates, grads)
-    sizes, norms = torch._foreach_norm(grads), torch._foreach_norm(updates)
-    for param, size, update, norm in zip(params, sizes, updates, norms, strict=True):
+    sizes, norms = (torch.stack(torch._foreach_norm(some)) for some in (grads, updates))
+    # A weight out of use stands still: its old momentum would be stretched to full length.
+    inverse = (norms.masked_fill(sizes == 0, torch.inf) + _RMS_EPSILON).reciprocal().unbind()
+    for param, update, factor in zip(params, updates, inverse, strict=True):
         length = group["lr"] * ADAMW_RMS * param.numel() ** 0.5
-        # A weight out of use stands still: its old momentum would be stretched to full length.
-        norm = norm.masked_fill(size == 0, torch.inf)
-        param.addcmul_(update, -length / (norm + _RMS_EPSILON))
+        param.addcmul_(update, factor * -length)
+
+
+def _has_fused_adamw(param: Tensor) -> bool:
+    return param.device.type in ("cpu", "cuda") and param.is_floating_point()
+
+
+def step_device(param: Tensor) -> torch.device:
+    """Return where AdamW counts the steps of a parameter: its fused kernel needs them beside it."""
+    return param.device if _has_fused_adamw(param) else torch.device("cpu")
 
 
 def adamw_rule(
@@ -90,7 +101,7 @@ def adamw_rule(
     """Step by AdamW (Loshchilov & Hutter 2019)."""
     for param, state in zip(params, states, strict=True):
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=step_device(param))
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
     adamw(
@@ -108,8 +119,7 @@ def adamw_rule(
         eps=group["eps"],
         maximize=False,
         foreach=None,
-        # Elsewhere torch chooses: the fused kernel wants the step counts on the device, too.
-        fused=all(p.device.type == "cpu" and not p.is_complex() for p in params) or None,
+        fused=all(map(_has_fused_adamw, params)) or None,
     )
 
 
