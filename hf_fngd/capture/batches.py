@@ -47,6 +47,8 @@ class Batch:
         # For a method that keeps coefficients: its store's rows `[N]` and γ `[N, layers]`.
         self.rows: Tensor | None = None
         self.gamma: Tensor | None = None
+        # The columns of γ in the devices and precisions in which they are needed.
+        self.columns: dict[Any, tuple[Tensor, ...]] = {}
 
     def samples(self, rows: int) -> int:
         """Return the number of samples in a batch of so many rows."""

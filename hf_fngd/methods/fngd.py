@@ -111,12 +111,9 @@ class FNGDLayer(LayerMethod):
 
     def weights(self, batch: Batch, call: Call) -> Tensor:
         batch.used = True
-        if batch.gamma is None:
-            batch.gamma = self.optimizer.stored(batch)
-        if batch.gamma.device != call.g.device:
-            batch.gamma = batch.gamma.to(call.g.device, non_blocking=True)
         samples = batch.samples(call.x.shape[0])
-        return self._over_row(batch, batch.gamma[:, self.number].expand(samples), call.g)
+        gamma = self.optimizer.columns(batch, call.g)[self.number].expand(samples)
+        return self._over_row(batch, gamma, call.g)
 
     def gradients(
         self, batch: Batch, calls: list[Call], bias: bool
@@ -293,6 +290,26 @@ class FNGD(LayerOptimizer):
         """Look up γ of a batch: `[N, layers]`, or `[1, layers]` for share=layer."""
         assert self.store is not None
         return self.store.read(batch.rows)
+
+    def columns(self, batch: Batch, like: Tensor) -> tuple[Tensor, ...]:
+        """Look up γ of a batch for all layers at once: one transfer and one cast for the batch.
+
+        Args:
+            batch: The batch.
+            like: A tensor of the device and precision in which γ is needed.
+
+        Returns:
+            γ of each layer: `[N]`, or `[1]` for share=layer.
+        """
+        key = like.device, like.dtype
+        if key not in batch.columns:
+            gamma = self.stored(batch) if batch.gamma is None else batch.gamma
+            if gamma.device.type == "cpu" and like.device.type == "cuda":
+                # Only from pinned memory does a transfer not wait for the device.
+                gamma = gamma.pin_memory()
+            moved = gamma.to(like.device, non_blocking=True).t().to(like.dtype)
+            batch.columns[key] = moved.contiguous().unbind()
+        return batch.columns[key]
 
     def keep(self, batch: Batch, layer: int, gamma: Tensor) -> None:
         """Keep one layer's fresh γ `[N]` for later epochs, if any are kept.
