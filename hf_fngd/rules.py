@@ -77,10 +77,14 @@ def _rms_sgd(
         torch._foreach_add_(updates, grads)
     sizes, norms = (torch.stack(torch._foreach_norm(some)) for some in (grads, updates))
     # A weight out of use stands still: its old momentum would be stretched to full length.
-    inverse = (norms.masked_fill(sizes == 0, torch.inf) + _RMS_EPSILON).reciprocal().unbind()
-    for param, update, factor in zip(params, updates, inverse, strict=True):
-        length = group["lr"] * ADAMW_RMS * param.numel() ** 0.5
-        param.addcmul_(update, factor * -length)
+    inverse = (norms.masked_fill(sizes == 0, torch.inf) + _RMS_EPSILON).reciprocal()
+    lengths = [-group["lr"] * ADAMW_RMS * param.numel() ** 0.5 for param in params]
+    if isinstance(group["lr"], Tensor):
+        factors = [factor * length for factor, length in zip(inverse, lengths, strict=True)]
+    else:
+        factors = list(torch._foreach_mul(inverse.unbind(), lengths))
+    for param, update, factor in zip(params, updates, factors, strict=True):
+        param.addcmul_(update, factor)
 
 
 def _has_fused_adamw(param: Tensor) -> bool:

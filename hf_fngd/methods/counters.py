@@ -12,6 +12,9 @@ from torch import Tensor
 from hf_fngd.ranks import gather
 from hf_fngd.solve.coefficients import Solution
 
+# Vectors of coefficients that wait for their statistics.
+_WAITING = 1024
+
 
 class Stopwatch:
     """Adds up the time of some work, without stopping a GPU."""
@@ -53,6 +56,8 @@ class Counters:
         self._of_all_ranks: tuple[int, int] | None = None
         self._gamma: Tensor | None = None  # sum, minimum, maximum
         self._count = 0
+        # Coefficients that are not among these yet.
+        self._waiting: list[Tensor] = []
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -81,13 +86,23 @@ class Counters:
         self.nonfinite += not solution.finite
         self.fallbacks += solution.fallback
         if solution.finite:
-            low, high = gamma.aminmax()
-            now = torch.stack([gamma.sum(), low, high]).detach()
-            if self._gamma is not None:
-                last = self._gamma.to(now)
-                now = torch.stack([last[0] + now[0], last[1].min(low), last[2].max(high)])
-            self._gamma = now
-            self._count += gamma.numel()
+            # Of many layers at once: on a GPU, small operations cost more than their work.
+            self._waiting.append(gamma.detach())
+            if len(self._waiting) >= _WAITING:
+                self._summarise()
+
+    def _summarise(self) -> None:
+        if not self._waiting:
+            return
+        values = torch.cat([gamma.to(self._waiting[0]) for gamma in self._waiting])
+        self._waiting.clear()
+        low, high = values.aminmax()
+        now = torch.stack([values.sum(), low, high])
+        if self._gamma is not None:
+            last = self._gamma.to(now)
+            now = torch.stack([last[0] + now[0], last[1].min(low), last[2].max(high)])
+        self._gamma = now
+        self._count += values.numel()
 
     def gather(self) -> None:
         """Add up the counts of all ranks for the next report; they must call it together."""
@@ -111,6 +126,7 @@ class Counters:
         }
         if self.reuse_rate is not None:
             numbers["reuse_rate"] = self.reuse_rate
+        self._summarise()
         if self._gamma is not None:
             total, low, high = self._gamma.tolist()
             numbers |= {
