@@ -117,15 +117,13 @@ class Bench:
 
     def trial(self, name: str, shape: str) -> Trial:
         """Build a model with an optimizer on the device."""
-        with self.device:
-            return Trial(name, self.shapes[shape])
+        return Trial(name, self.shapes[shape], self.device)
 
     # ---- parts -----------------------------------------------------------------------------------
 
     def ceilings(self, found: dict[str, Any]) -> None:
         """Measure the ceilings of the device, after its libraries have allocated what they keep."""
-        with self.device:
-            trial = Trial("adamw", next(iter(shapes(tiny=True).values())))
+        trial = Trial("adamw", next(iter(shapes(tiny=True).values())), self.device)
         for _ in range(3):
             trial.step()
         size, copied = (64, 2**16) if self.options.tiny else (8192, 2**32)

@@ -102,12 +102,14 @@ class Trial:
 
     Args:
         name: A name in `OURS` or `TORCH`.
-        workload: Model and batch, both made on the present default device.
+        workload: Model and batch.
+        device: Where both are made.
     """
 
-    def __init__(self, name: str, workload: Workload) -> None:
+    def __init__(self, name: str, workload: Workload, device: torch.device) -> None:
         self.workload = workload
-        self.model, self.batch = workload.model(), workload.batch()
+        with device:
+            self.model, self.batch = workload.model(), workload.batch()
         rate = workload.learning_rate
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers: list[torch.optim.Optimizer]
