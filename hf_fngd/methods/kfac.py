@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_fngd.config import setting
+from hf_fngd.layers import LayerType
 from hf_fngd.layers.calls import Call
 from hf_fngd.methods.curvature import AveragedCurvature, alive, inverse_or_zero
 from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig, kl_clip
@@ -69,6 +70,12 @@ class KFACLayer(AveragedCurvature):
     """KFAC for one layer; a grouped convolution has factors for each group."""
 
     config: KFACConfig
+    powers = (0, 2, 0)
+
+    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
+        super().__init__(optimizer, number, module, kind)
+        # Where every position is an observation, it does not matter which dimension is the batch.
+        self.rows_are_sure = self.config.kfac_approx == "expand"
 
     def shapes(self) -> list[tuple[int, ...]]:
         groups, d_out, d_in = self.shape
