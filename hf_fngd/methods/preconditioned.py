@@ -292,9 +292,11 @@ class PreconditionedOptimizer(LayerOptimizer):
             for layer, weight, tensors in zip(
                 self.layers, self.weights(), saved["curvature"], strict=True
             ):
-                # Counts stay on the CPU.
+                # Counts are read at every step, and stay on the CPU.
                 layer.state = {
-                    name: value.clone() if value.dim() == 0 else value.clone().to(weight.device)
+                    name: value.clone().to(
+                        weight.device if value.dim() or name == "damping" else "cpu"
+                    )
                     for name, value in tensors.items()
                 }
         self.batches.active = saved["steps"] >= self.next_update
