@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -95,6 +96,12 @@ def images() -> tuple[Tensor, Tensor]:
     return noise + 2 * torch.eye(3, dtype=torch.float64)[classes].view(ROWS, 3, 1, 1), classes
 
 
+def data_set() -> list[dict[str, Tensor]]:
+    """Return the images as a data set of `Net`, for a Trainer."""
+    inputs, classes = images()
+    return [{"x": x, "labels": y} for x, y in zip(inputs.float(), classes, strict=True)]
+
+
 def epochs(count: int, start: int = 0) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Yield epoch, row numbers (on the CPU), images in float32 and classes on the device."""
     inputs, classes = images()
@@ -150,3 +157,17 @@ def assert_same_way(
         assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.0e}"
         worst = max(worst, error)
     return worst
+
+
+@contextmanager
+def waiting(mode: str) -> Iterator[None]:
+    """Make torch warn, or fail, where the host waits for the GPU."""
+    if not ON_GPU:
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

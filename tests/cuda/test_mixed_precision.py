@@ -22,6 +22,7 @@ from tests.cuda.common import (
     ROWS,
     VARIANTS,
     Net,
+    data_set,
     epochs,
     images,
     make,
@@ -155,11 +156,6 @@ def test_accelerate_loop(precision, _own_state):
     assert (skipped > 0) == (precision == "fp16") and skipped <= 12
     assert sum(losses[-3:]) < sum(losses[:3])
     assert fngd.coefficients().isfinite().all() and fngd.reuse_rate == 1.0
-
-
-def data_set() -> list[dict[str, torch.Tensor]]:
-    inputs, classes = images()
-    return [{"x": x, "labels": y} for x, y in zip(inputs.float(), classes, strict=True)]
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=only_on_gpu)])

@@ -21,6 +21,7 @@ from tests.cuda.common import (
     epochs,
     make,
     step,
+    waiting,
 )
 
 pytestmark = CUDA
@@ -37,20 +38,6 @@ LATER = [
     "plain muon",
 ]
 CURVATURE = ["kfac expand eigen", "kfac expand inverse", "eva", "tengrad", "seng sketched"]
-
-
-@contextmanager
-def waiting(mode: str) -> Iterator[None]:
-    """Make torch warn, or fail, where the host waits for the GPU."""
-    if not ON_GPU:
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode(mode)
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
