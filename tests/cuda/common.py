@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,14 @@ def data_set() -> list[dict[str, Tensor]]:
     """Return the images as a data set of `Net`, for a Trainer."""
     inputs, classes = images()
     return [{"x": x, "labels": y} for x, y in zip(inputs.float(), classes, strict=True)]
+
+
+def texts(rows: int = 12) -> datasets.Dataset:
+    """Return rows of 2 to 8 tokens for a tiny language model."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 9, (rows,), generator=generator).tolist()
+    tokens = [torch.randint(3, 24, (n,), generator=generator).tolist() for n in lengths]
+    return datasets.Dataset.from_dict({"input_ids": tokens})
 
 
 def epochs(count: int, start: int = 0) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
