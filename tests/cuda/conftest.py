@@ -8,15 +8,13 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _precise() -> Iterator[None]:
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
+    # Not read before: torch refuses where a library has set them by their newer names.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     repeatable = torch.backends.cudnn.deterministic
-    for place in places:
-        place.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     yield
-    for place, allowed in zip(places, before, strict=True):
-        place.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.deterministic = repeatable
 
 

@@ -136,8 +136,10 @@ def test_waits_of_a_step_that_computes(name, record_property):
         found.append(one[0])
     record_property("waits of the first steps", found)
     if VARIANTS[name]["method"] == "fngd":
-        # The report of each layer's solve, and the coefficients of the batch in one copy.
-        assert max(found) <= len(LAYERS) + 1
+        # The report of each layer's solve, and the coefficients of the batch in one copy; leaving
+        # one out asks first whether the matrix is finite, and torch looks at the inverse.
+        each = 3 if "leave" in name else 1
+        assert max(found) <= each * len(LAYERS) + 1
     if name.startswith("kfac"):
         # Between inversions: whether the layer's averages are finite, and whether there are any.
         assert max(found[1:]) <= 2 * len(LAYERS)

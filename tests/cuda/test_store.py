@@ -68,10 +68,10 @@ def test_ids_from_anywhere(ids):
 
 
 def test_the_store_takes_no_memory_of_the_device():
-    """A table of 64 MiB stays where it is; a batch brings its own rows."""
+    """A table of 256 MiB stays where it is; a batch brings its own rows."""
     model = Net().to(DEVICE)
     optimizer = make(model, "fngd sgd", share="sample")
-    optimizer.store.num_samples = 2**24 // len(optimizer.layer_names)
+    optimizer.store.num_samples = 2**26 // len(optimizer.layer_names)
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -79,7 +79,7 @@ def test_the_store_takes_no_memory_of_the_device():
         optimizer.start_epoch(epoch)
         step(model, optimizer, *batch)
     table = optimizer.store.table
-    assert table.numel() * table.element_size() > 60 * 2**20
+    assert table.numel() * table.element_size() > 250 * 2**20
     if ON_GPU:
-        # The first use of cuBLAS takes its workspace, too.
-        assert torch.cuda.max_memory_allocated() - before < 48 * 2**20
+        # Much of it is the workspace of cuBLAS and cuDNN.
+        assert torch.cuda.max_memory_allocated() - before < 192 * 2**20

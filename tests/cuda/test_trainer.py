@@ -9,7 +9,7 @@ from transformers import DataCollatorWithFlattening, Seq2SeqTrainer, Trainer, Tr
 from hf_fngd import FNGDSeq2SeqTrainer, FNGDTrainer
 from hf_fngd.hf.callback import unwrap_optimizer
 from tests.capture.test_packing import pad_rows
-from tests.cuda.common import CUDA, DEVICE, ON_GPU, texts
+from tests.cuda.common import CUDA, DEVICE, ON_GPU, relative_error, texts
 from tests.helpers import tiny_llama
 from tests.hf.test_trainer import CHECKPOINTING
 from tests.hf_utils import arguments, make_trainer, tiny_marian, token_pairs, weights
@@ -19,15 +19,6 @@ pytestmark = CUDA
 
 def on_device(folder, **changes) -> TrainingArguments:
     return arguments(folder, use_cpu=not ON_GPU, **changes)
-
-
-def relative_error(found, expected, start) -> float:
-    """Compare two runs by the ways of all weights together."""
-    flat = [
-        torch.cat([(one[name].to(DEVICE) - start[name].to(DEVICE)).flatten() for name in start])
-        for one in (found, expected)
-    ]
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
 @pytest.mark.parametrize("optim", ["fngd", "fngd_muon", "kfac", "eva"])
