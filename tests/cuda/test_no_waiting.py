@@ -14,12 +14,12 @@ from tests.cuda.common import (
     CUDA,
     DEVICE,
     LAYERS,
-    ON_GPU,
     ROWS,
     VARIANTS,
     Net,
     epochs,
     make,
+    only_on_gpu,
     step,
     waiting,
 )
@@ -51,7 +51,7 @@ def counted() -> Iterator[list[int]]:
     found.append(sum("synchroniz" in str(one.message) for one in caught))
 
 
-@pytest.mark.skipif(not ON_GPU, reason="a CPU never waits")
+@only_on_gpu
 def test_waiting_is_noticed():
     value = torch.ones((), device=DEVICE)
     with counted() as found:
@@ -134,7 +134,7 @@ def test_waits_of_a_step_that_computes(name, record_property):
         with counted() as one:
             step(model, optimizer, *batch)
         found.append(one[0])
-    record_property("waits of the first steps", found)
+    record_property(f"waits of the first steps, {len(LAYERS)} layers", found)
     if VARIANTS[name]["method"] == "fngd":
         # The report of each layer's solve, and the coefficients of the batch in one copy; leaving
         # one out asks first whether the matrix is finite, and torch looks at the inverse.
@@ -143,3 +143,15 @@ def test_waits_of_a_step_that_computes(name, record_property):
     if name.startswith("kfac"):
         # Between inversions: whether the layer's averages are finite, and whether there are any.
         assert max(found[1:]) <= 2 * len(LAYERS)
+
+
+@only_on_gpu
+def test_timers_do_not_pile_up_in_a_loop_without_logs():
+    model = Net().to(DEVICE)
+    optimizer = make(model, "fngd none")
+    for _, *batch in epochs(10):
+        step(model, optimizer, *batch)
+    torch.cuda.synchronize()
+    step(model, optimizer, *batch)
+    assert len(optimizer.counters.clock._events) <= len(LAYERS)
+    assert optimizer.statistics()["gram_seconds"] > 0
