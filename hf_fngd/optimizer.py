@@ -202,6 +202,8 @@ class LayerOptimizer(torch.optim.Optimizer):
                 raise FNGDError(f"sample_ids must have the shape [N], not {[*sample_ids.shape]}")
             sample_ids = sample_ids.reshape(-1)
         size = None if sample_ids is None else len(sample_ids)
+        if isinstance(lengths, Tensor):
+            lengths = lengths.cpu()
         packed = None if lengths is None else [int(length) for length in lengths]
         if packed is not None:
             if not self.accepts_packed_rows:

@@ -209,6 +209,11 @@ def inverse_or_zero(damping: Tensor) -> Tensor:
     return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
 
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    # Read from the device once.
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+
+
 class AveragedCurvature(LayerCurvature):
     """Curvature from statistics that are averaged over micro-batches and ranks."""
 
@@ -245,7 +250,7 @@ class AveragedCurvature(LayerCurvature):
 
     def statistics(self, like: Tensor) -> list[Tensor]:
         pending = self._pending
-        self._lost = pending is not None and not all(bool(t.isfinite().all()) for t in pending)
+        self._lost = pending is not None and not _finite(pending)
         if pending is None or self._lost:
             pending = [like.new_zeros(shape) for shape in [*self.shapes(), ()]]
         self._pending = pending

@@ -19,7 +19,7 @@ from hf_fngd.layers import LayerType
 from hf_fngd.layers.calls import Call
 from hf_fngd.methods.curvature import AveragedCurvature, alive, inverse_or_zero
 from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig, kl_clip
-from hf_fngd.solve.coefficients import inverse_of_shifted
+from hf_fngd.solve.coefficients import eigen, inverse_of_shifted
 
 # Rows of positions that are copied at a time to form a factor.
 _BLOCK_BYTES = 2**26
@@ -99,7 +99,7 @@ class KFACLayer(AveragedCurvature):
             rows = mask.sum((1, 2, 3)).clamp(min=1)
             factor_a = second_moment(a * mask) / rows.view(-1, 1, 1)
         factor_g = second_moment(g) * (1 / n)
-        return [factor_a, factor_g, factor_a.new_tensor(float(n))]
+        return [factor_a, factor_g, factor_a.new_full((), float(n))]
 
     def update(self, step: int) -> bool:
         means = self.means()
@@ -158,7 +158,7 @@ class KFAC(PreconditionedOptimizer):
 
 
 def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(0.5 * (factor + factor.transpose(1, 2)))
+    values, vectors = eigen(0.5 * (factor + factor.transpose(1, 2)))
     return values.clamp(min=0), vectors
 
 

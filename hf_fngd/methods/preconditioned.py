@@ -309,9 +309,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         else:
             for (module, layer), tensors in zip(self.captured, saved["curvature"], strict=True):
                 device = module.get_parameter("weight").device
-                # Counts stay on the CPU.
+                # Counts are read at every step, and stay on the CPU.
                 layer.state = {
-                    name: value.clone() if value.dim() == 0 else value.clone().to(device)
+                    name: value.clone().to(device if value.dim() or name == "damping" else "cpu")
                     for name, value in tensors.items()
                 }
         self.batches.active = saved["steps"] >= self.next_update
