@@ -86,7 +86,8 @@ def whole_numbers(ids: Any) -> list[int]:
         "rows of the batch"
     )
     try:
-        given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
+        # One read from the device, not one for each check.
+        given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).cpu()
         found = given.long()
     except (TypeError, ValueError, RuntimeError) as error:
         raise FNGDError(advice.format(error)) from None

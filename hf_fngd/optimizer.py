@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_fngd import capture
 from hf_fngd.capture import Batch, Batches, LayerMethod
@@ -27,6 +28,14 @@ from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError, check_number
 from hf_fngd.layers.selection import divide, select_layers
 from hf_fngd.rules import apply_rule, step_device
+from hf_fngd.scale import GradientScale
+
+# What training has shown about a layer (`LayerMethod`), the same after a resume.
+_DECISIONS = ("left_out", "rows_are_sure")
+
+
+# Optimizers whose layers have weighted gradients now.
+_attached: weakref.WeakSet[LayerOptimizer] = weakref.WeakSet()
 
 
 class LayerOptimizer(torch.optim.Optimizer):
@@ -53,6 +62,8 @@ class LayerOptimizer(torch.optim.Optimizer):
     method: ClassVar[str]
     # Whether a batch of one row may hold several samples.
     accepts_packed_rows: ClassVar[bool] = True
+    # Whether gradients are weighted in the backward pass, and no other optimizer may use them.
+    weights_gradients: ClassVar[bool] = False
     # Whether `precondition` needs whole gradients, which FSDP and DeepSpeed divide or hide.
     needs_whole_gradients: ClassVar[bool] = False
     config: Any
@@ -88,8 +99,7 @@ class LayerOptimizer(torch.optim.Optimizer):
         self.batches = Batches(self.layer_names, config.title)
         # Present epoch, and optimizer steps so far.
         self.epoch = self.steps = 0
-        # What the loss of a micro-batch was divided by, see `set_loss_scale`.
-        self.loss_divisor = 1.0
+        self.scale = GradientScale()
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -131,11 +141,14 @@ class LayerOptimizer(torch.optim.Optimizer):
         """Put the selected layers under capture; does nothing where they already are."""
         for module, layer in self.captured:
             capture.attach(module, layer)
+        if self.weights_gradients:
+            _attached.add(self)
 
     def detach(self) -> None:
         """Take all layers out of capture; the model is as it was before."""
         _detach(self.captured)
         self.batches.close()
+        _attached.discard(self)
 
     # ---- what a training loop says -------------------------------------------------------------
 
@@ -189,6 +202,8 @@ class LayerOptimizer(torch.optim.Optimizer):
                 raise FNGDError(f"sample_ids must have the shape [N], not {[*sample_ids.shape]}")
             sample_ids = sample_ids.reshape(-1)
         size = None if sample_ids is None else len(sample_ids)
+        if isinstance(lengths, Tensor):
+            lengths = lengths.cpu()
         packed = None if lengths is None else [int(length) for length in lengths]
         if packed is not None:
             if not self.accepts_packed_rows:
@@ -226,11 +241,14 @@ class LayerOptimizer(torch.optim.Optimizer):
     def set_loss_scale(self, micro_batches: int = 1, scale: float = 1.0) -> None:
         """Say how gradients relate to those of single samples, for the next backward passes.
 
+        KFAC, Eva, TENGraD and SENG find both by themselves, except under clipping by more than a
+        half with a scaler; FNGD with absolute damping has to be told.
+
         Args:
             micro_batches: Micro-batches of an update, by whose number their loss is divided.
             scale: Factor by which the loss is multiplied, as by a GradScaler.
         """
-        self.loss_divisor = micro_batches / scale
+        self.scale.tell(micro_batches, scale)
 
     def bind_dataset(self, num_samples: int | None, fingerprint: str | None = None) -> None:
         """Say which data the sample ids belong to, so that a resumed run is checked against it.
@@ -249,6 +267,15 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and what was seen of a step that did not come.
+
+        Args:
+            set_to_none: As in torch.
+        """
+        super().zero_grad(set_to_none)
+        self.scale.forget_step()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters by their (preconditioned) gradients.
@@ -263,6 +290,7 @@ class LayerOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._find_missed()
         self.precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -271,12 +299,24 @@ class LayerOptimizer(torch.optim.Optimizer):
         self.end_step()
         return loss
 
+    def _find_missed(self) -> None:
+        """Leave out the layers whose gradient did not come through their forward pass."""
+        for layer in self.layers if self.batches.active else ():
+            grad = getattr(layer.parameters()[0], "grad", None)
+            if not (layer.delivered or layer.left_out) and grad is not None and bool(grad.any()):
+                layer.leave_out(
+                    "its gradient does not come through its forward pass, which something else "
+                    "has replaced"
+                )
+            layer.delivered = False
+
     def precondition(self) -> None:
         """Change `.grad` of the selected layers, accumulated and averaged over ranks by then."""
 
     def end_step(self) -> None:
         """Close the step: the next forward pass belongs to another batch."""
         self.batches.close()
+        self.scale.forget_step()
         self.steps += 1
 
     # ---- logs and checkpoints ------------------------------------------------------------------
@@ -290,10 +330,10 @@ class LayerOptimizer(torch.optim.Optimizer):
         """Report on what happened since the last call.
 
         Returns:
-            Numbers by name: `layers`, and `layers_dropped` (selected layers that turned out not to
-            have one row a sample, and follow the plain update rule).
+            Numbers by name: `layers`, and `layers_dropped` (selected layers that have their plain
+            gradient, because their rows are not samples or part of it cannot be captured).
         """
-        dropped = len(self.batches.left_out)
+        dropped = len(self.batches.left_out | self.batches.unfit)
         return {
             "layers": float(len(self.layer_names) - dropped),
             "layers_dropped": float(dropped),
@@ -322,6 +362,7 @@ class LayerOptimizer(torch.optim.Optimizer):
             "config": self.config.to_dict(),
             "layers": self.layer_names,
             "steps": self.steps,
+            **{what: [getattr(layer, what) for layer in self.layers] for what in _DECISIONS},
             **self.method_state(),
         }
         return state
@@ -353,6 +394,11 @@ class LayerOptimizer(torch.optim.Optimizer):
         plain = {k: v for k, v in state_dict.items() if k != self.method}
         try:
             steps = saved["steps"]
+            for what in _DECISIONS:
+                for layer, known in zip(self.layers, saved[what], strict=True):
+                    setattr(layer, what, known)
+                    layer.skipped = layer.left_out
+            self.batches.left_out = {layer.name for layer in self.layers if layer.left_out}
             self.load_method_state(saved)
             super().load_state_dict(copy.copy(plain))
             self.steps = steps
@@ -380,6 +426,23 @@ class LayerOptimizer(torch.optim.Optimizer):
                 )
 
 
+def _refuse_foreign(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Keep weighted gradients from all optimizers but the one that weighted them."""
+    for owner in list(_attached):
+        # A wrapper's step, as of SAM, calls the owner's.
+        if optimizer is owner or any(value is owner for value in vars(optimizer).values()):
+            continue
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, (module, layer) in zip(owner.layer_names, owner.captured, strict=True):
+            weight, bias = layer.parameters()
+            if capture.owner(module) is layer and (id(weight) in held or id(bias) in held):
+                raise FNGDError(
+                    f"{owner.config.title} is attached to {name} and weights its gradients, "
+                    f"which are not for {type(optimizer).__name__}: call detach() of the "
+                    f"{owner.config.title} optimizer, and compute the gradients anew"
+                )
+
+
 def _other_version(sign: str) -> str:
     return (
         f"the checkpoint was written by another version of hf_fngd (it has {sign}): resume with "
@@ -390,3 +453,6 @@ def _other_version(sign: str) -> str:
 def _detach(captured: list[tuple[nn.Module, LayerMethod]]) -> None:
     for module, layer in captured:
         capture.detach(module, layer)
+
+
+register_optimizer_step_pre_hook(_refuse_foreign)

@@ -2,11 +2,12 @@
 
 `layer_method` defines the layer half of a method: read it first. `batches` knows which samples the
 running forward pass holds, `hook` puts a layer under capture, and `compiled` does the same inside
-graphs of `torch.compile`. A new method needs no change here.
+graphs of `torch.compile`. `watch` finds gradients that went another way. A new method needs no
+change here.
 """
 
 from hf_fngd.capture.batches import Batch, Batches
-from hf_fngd.capture.hook import attach, detach
+from hf_fngd.capture.hook import attach, detach, owner
 from hf_fngd.capture.layer_method import LayerMethod
 
-__all__ = ["Batch", "Batches", "LayerMethod", "attach", "detach"]
+__all__ = ["Batch", "Batches", "LayerMethod", "attach", "detach", "owner"]

@@ -28,7 +28,7 @@ class Batch:
     itself where its weights are known.
 
     Args:
-        size: Number of rows; None until the first layer shows it.
+        size: Number of rows; None until the first layer delivers a gradient.
         fresh: Whether the method computes something from this batch's gradients.
         lengths: Positions of each sample, where one row holds several samples.
     """
@@ -42,6 +42,11 @@ class Batch:
         self.used = False
         self.delivered: set[int] = set()
         self.first_layer = ""
+        # Layers (`LayerMethod`) that a forward pass called with another number of rows; those
+        # whose rows turned out to be samples, and the others with their number of rows.
+        self.odd: set[Any] = set()
+        self.fits: set[Any] = set()
+        self.misfits: dict[Any, int] = {}
         # Parameters behind their gate, and the calls that have been delivered, by layer number.
         self.gates: dict[int, tuple[Tensor, Tensor | None, list[Delivery]]] = {}
         # For a method that keeps coefficients: its store's rows `[N]` and γ `[N, layers]`.
@@ -71,11 +76,18 @@ class Batches:
         # Why a forward pass without `set_batch` is refused, if it is.
         self.must_announce: str | None = None
         self.current: Batch | None = None
+        # Paths of layers that have plain gradients for good, and of those that have them until
+        # they fit a batch.
         self.left_out: set[str] = set()
+        self.unfit: set[str] = set()
         # Layers (`LayerMethod`) that will break a compiled graph from the next step on, since
         # checkpointing allows no other way through a layer before.
         self.to_gate: list[Any] = []
-        # For compiled graphs: announced batches by number, and the number of the last one.
+        # Layers that are left out; their forward passes are captured until the step, because
+        # recomputation by checkpointing must do what the original did.
+        self._to_skip: list[Any] = []
+        # Batches since the last step; for compiled graphs also by number, with the last number.
+        self._opened: list[Batch] = []
         self.by_key: dict[int, Batch] = {}
         self.key = torch.tensor(0)
         self._warned: set[str] = set()
@@ -85,24 +97,23 @@ class Batches:
         """Make a batch the current one, for eager and compiled forward passes."""
         self._drop_gates()
         self.current = batch
+        self._opened.append(batch)
         if batch.announced:
             key = next(_keys)
             self.by_key[key], self.key = batch, torch.tensor(key)
 
-    def of_forward(self, rows: int, name: str) -> Batch | None:
+    def of_forward(self, layer: Any, rows: int) -> Batch | None:
         """Find the batch that a layer's forward pass belongs to.
 
         Args:
+            layer: The layer's method.
             rows: First dimension of the layer's input.
-            name: Path of the layer.
 
         Returns:
-            The batch, or None if the layer is left alone: nothing is captured now, or the layer
-            does not have one row a sample.
+            The batch, or None if nothing is captured now.
 
         Raises:
-            FNGDError: If the batch had to be announced and was not, or layers disagree about its
-                size.
+            FNGDError: If the batch had to be announced and was not.
         """
         if not self.active:
             return None
@@ -112,20 +123,20 @@ class Batches:
                 raise FNGDError(self.must_announce)
             batch = Batch(None, self.fresh)
             self.open(batch)
-        if batch.size is None:
-            batch.size, batch.first_layer = rows, name
-        return batch if self._fits(batch, rows, name) else None
+        if batch.announced and rows != batch.size:
+            batch.odd.add(layer)
+        return batch
 
-    def of_graph(self, key: int, rows: int, name: str) -> Batch | None:
+    def of_graph(self, layer: Any, key: int, rows: int) -> Batch | None:
         """Find the batch of a compiled forward pass, during its backward pass.
 
         Args:
+            layer: The layer's method.
             key: Number of the batch, 0 if it was not announced.
             rows: First dimension of the layer's input.
-            name: Path of the layer.
 
         Returns:
-            The batch, or None if the layer is left alone.
+            The batch, or None if nothing is captured now.
 
         Raises:
             FNGDError: As in `of_forward`, or if the batch has been closed.
@@ -136,35 +147,82 @@ class Batches:
                     "the backward pass of a compiled model came after the optimizer step of its "
                     "batch: call backward before step()"
                 )
-            batch = self.by_key[key]
-            return batch if self._fits(batch, rows, name) else None
+            return self.by_key[key]
         # Unannounced batch: each backward pass is a batch.
         number = backward_pass()
         if self.current is not None and not self.current.announced and self._pass != number:
             self.current = None
         self._pass = number
-        return self.of_forward(rows, name)
+        return self.of_forward(layer, rows)
 
-    def _fits(self, batch: Batch, rows: int, name: str) -> bool:
-        if rows == batch.size:
-            return True
-        if not batch.announced:
-            raise FNGDError(
-                f"layers disagree about the batch size ({batch.first_layer}: {batch.size}, "
-                f"{name}: {rows}): call set_batch(sample_ids=...), or exclude the layer whose "
-                "first dimension is not the batch"
-            )
-        self.left_out.add(name)
-        self.warn_once(
-            name, f"is left out: its first dimension {rows} is not the batch {batch.size}"
-        )
-        if len(self.left_out) == len(self.names):
+    def judge(self, batch: Batch, layer: Any, calls: Sequence[Call]) -> bool:
+        """Decide whether the rows of a layer's calls are the batch's samples.
+
+        Calls are judged when their gradients come: one without a gradient changes nothing.
+
+        Args:
+            batch: The batch.
+            layer: The layer's method.
+            calls: All calls of a fresh batch, or one where the weights are known.
+
+        Returns:
+            Whether the method may treat the layer's rows as samples in this batch.
+
+        Raises:
+            FNGDError: If the batch was not announced and layers disagree about its size.
+        """
+        rows = {call.x.shape[0] for call in calls}
+        if batch.size is None and batch.fresh:
+            batch.size, batch.first_layer = min(rows), layer.name
+        odd = [count for count in rows if batch.size not in (None, count)]
+        if odd:
+            if not batch.announced and layer.name != batch.first_layer:
+                raise FNGDError(
+                    f"layers disagree about the batch size ({batch.first_layer}: {batch.size}, "
+                    f"{layer.name}: {odd[0]}): call set_batch(sample_ids=...), or exclude the "
+                    "layer whose first dimension is not the batch"
+                )
+            batch.misfits[layer] = odd[0]
+            self.unfit.add(layer.name)
+            return False
+        if not layer.rows_are_sure and batch.size != 1:
+            square = [_is_square(layer, call) for call in calls]
+            if True in square and False not in square:
+                self.warn_once(
+                    f"inputs with as many positions as samples ({batch.size})",
+                    "do not show which dimension is the batch: their layers have the plain "
+                    "gradient until another batch shows it; if all batches are like this one, "
+                    "choose another batch size",
+                )
+                self.unfit.add(layer.name)
+                return False
+            layer.rows_are_sure = False in square
+        batch.fits.add(layer)
+        self.unfit.discard(layer.name)
+        return True
+
+    def _settle(self, batch: Batch) -> None:
+        """Leave out for good what did not fit a batch that other layers fitted."""
+        for layer, rows in batch.misfits.items() if batch.fits else ():
+            layer.leave_out(f"its first dimension {rows} is not the batch {batch.size}")
+        if batch.misfits and not batch.fits:
+            rows = next(iter(batch.misfits.values()))
             self.warn_once(
                 "all layers",
-                "are left out, so there is no natural gradient: announce as many samples as the "
-                "batch has rows",
+                f"have the plain gradient in a batch whose first dimension {rows} is not the "
+                f"number of samples {batch.size}: announce as many samples as the batch has rows",
             )
-        return False
+
+    def leave_out(self, layer: Any, why: str) -> None:
+        """Take note that a layer is left out for good, and warn.
+
+        Args:
+            layer: The layer's method.
+            why: The reason.
+        """
+        self.left_out.add(layer.name)
+        self._to_skip.append(layer)
+        logger.warning("%s: %s is left out: %s", self.title, layer.name, why)
 
     def warn_once(self, name: str, text: str) -> None:
         """Log a warning, the first time it is due.
@@ -180,17 +238,30 @@ class Batches:
     def close(self) -> None:
         """Forget all open batches: the next forward pass belongs to another one."""
         self._drop_gates()
+        for batch in self._opened:
+            self._settle(batch)
+        self._opened.clear()
         self.current = None
         self.by_key.clear()
         self.key = torch.tensor(0)
         for layer in self.to_gate:
             layer.gated = True
         self.to_gate.clear()
+        for layer in self._to_skip:
+            layer.skipped = True
+        self._to_skip.clear()
 
     def _drop_gates(self) -> None:
         # A forward pass without a backward pass would otherwise keep itself alive by its gates.
         if self.current is not None:
             self.current.gates.clear()
+
+
+def _is_square(layer: Any, call: Call) -> bool | None:
+    """Return whether samples and positions are as many; None if they cannot be exchanged."""
+    if layer.kind.batched_dim > 2 or call.x.dim() != 3:
+        return None
+    return call.x.shape[0] == call.x.shape[1]
 
 
 def backward_pass() -> int:

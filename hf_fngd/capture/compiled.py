@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_fngd.capture.batches import backward_pass
 from hf_fngd.capture.layer_method import LayerMethod
+from hf_fngd.capture.watch import watch
 from hf_fngd.layers.calls import Call, to_autocast
 from hf_fngd.layers.layer_type import LayerType
 
@@ -71,20 +72,22 @@ def parameter_gradients(
     Returns:
         Weight gradient, and bias gradient if wanted.
     """
-    grads = _gradients(_layers[int(layer)], int(batch), Call(x, g, weight), bias is not None)
+    call = Call(x, g, weight)
+    grads = _gradients(_layers[int(layer)], int(batch), call, bias is not None, dtype)
     return [grad.to(dtype).contiguous() for grad in grads if grad is not None]
 
 
 def _gradients(
-    layer: LayerMethod, key: int, call: Call, bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    layer: LayerMethod, key: int, call: Call, bias: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
     x, g, weight = call
     batch = None
     if layer.optimizer is not None:
-        batch = layer.batches.of_graph(key, x.shape[0], layer.name)
-    if batch is None:
+        batch = layer.batches.of_graph(layer, key, x.shape[0])
+    if batch is None or not layer.takes(batch, [call]):
         return layer.kind.gradients(g, x, weight, bias)
     if not batch.fresh:
+        layer.weighted_alone = backward_pass()
         gamma = layer.weights(batch, call)
         return layer.kind.weighted_gradients(g, x, weight, gamma, False, bias)[1:]
     present = (backward_pass(), key)
@@ -96,8 +99,12 @@ def _gradients(
             "coefficients; from the next step on the graph breaks there, and all calls share them",
         )
     _last_calls[layer] = present
+    grads: tuple[Tensor | None, ...]
     with torch.autocast(x.device.type, enabled=False):
-        return layer.gradients(batch, [call], bias)
+        grads = layer.gradients(batch, [call], bias)
+    grads = tuple(None if grad is None else grad.to(dtype).contiguous() for grad in grads)
+    watch(layer, [call], grads)
+    return grads
 
 
 @parameter_gradients.register_fake

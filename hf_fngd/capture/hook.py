@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from hf_fngd.capture.batches import Batch, Delivery, backward_pass
 from hf_fngd.capture.compiled import register, run_in_graph
 from hf_fngd.capture.layer_method import LayerMethod
+from hf_fngd.capture.watch import watch
 from hf_fngd.layers.calls import Call, sum_gradients, to_autocast
 
 _ATTRIBUTE = "_fngd_layer"
@@ -31,17 +32,36 @@ _SWAPPED: dict[type, type] = {}
 
 def _skips(layer: LayerMethod, module: nn.Module, x: Tensor) -> bool:
     """Return True if the module's own forward should run."""
+    weight = module._parameters.get("weight")
     return (
         not torch.is_grad_enabled()
-        or not module.get_parameter("weight").requires_grad
+        or weight is None
+        or not weight.requires_grad
         or x.dim() < layer.kind.batched_dim
         or x.shape[0] == 0
     )
 
 
+def _is_foreign(layer: LayerMethod, module: nn.Module, x: Tensor) -> bool:
+    """Return True if the gradient is not the parameter's; leave out what cannot be captured."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        # The gradient goes to torch.func, not to the parameter.
+        return True
+    weight = module._parameters.get("weight")
+    replaced = not isinstance(weight, nn.Parameter)
+    if torch.is_grad_enabled():
+        if replaced:
+            layer.leave_out("its weight has been replaced, as by pruning, a norm or torch.func")
+        elif weight.requires_grad and x.dim() < layer.kind.batched_dim:  # type: ignore[union-attr]
+            layer.leave_out(f"it was called with a single sample {[*x.shape]}, without a batch")
+    return replaced
+
+
 def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
     """Run a layer under capture; None if the module's own forward should run."""
-    batch = None if _skips(layer, module, x) else layer.batches.of_forward(x.shape[0], layer.name)
+    if layer.skipped or _is_foreign(layer, module, x) or _skips(layer, module, x):
+        return None
+    batch = layer.batches.of_forward(layer, x.shape[0])
     if batch is None:
         return None
     weight: Tensor = module.get_parameter("weight")
@@ -72,20 +92,29 @@ class _Gate(torch.autograd.Function):
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *direct: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, number = ctx.layer, backward_pass()
         calls = [call for its_number, call in ctx.calls if its_number == number]
         ctx.calls.clear()
         ctx.batch.gates.pop(layer.number, None)
-        if not calls:
-            return None, None, None, None, None
-        with torch.autocast(calls[0].x.device.type, enabled=False):
-            if layer.optimizer is None:
-                grads = sum_gradients(layer.kind, calls, ctx.bias_needed)
-            else:
-                grads = layer.gradients(ctx.batch, calls, ctx.bias_needed)
-        return *(None if g is None else g.to(ctx.dtype) for g in grads), None, None, None
+        grads: tuple[Tensor | None, ...] = (None, None)
+        if calls:
+            with torch.autocast(calls[0].x.device.type, enabled=False):
+                if layer.takes(ctx.batch, calls):
+                    grads = layer.gradients(ctx.batch, calls, ctx.bias_needed)
+                    grads = tuple(None if g is None else g.to(ctx.dtype) for g in grads)
+                    watch(layer, calls, grads)
+                else:
+                    grads = sum_gradients(layer.kind, calls, ctx.bias_needed)
+        # Second derivatives reach the parameters without a call.
+        grads = tuple(_add(g, d, ctx.dtype) for g, d in zip(grads, direct, strict=True))
+        return *grads, None, None, None
+
+
+def _add(grad: Tensor | None, direct: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if grad is None or direct is None:
+        return direct if grad is None else grad.to(dtype)
+    return grad.to(dtype) + direct
 
 
 class _CapturedCall(torch.autograd.Function):
@@ -108,13 +137,14 @@ class _CapturedCall(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         layer, kind = ctx.layer, ctx.layer.kind
         input_needed, _, bias, *_ = ctx.needs_input_grad
         call = Call(x, g, weight)
-        if ctx.calls is not None:
+        if torch.is_grad_enabled():
+            layer.leave_out("a backward pass with create_graph=True went through it")
+        elif ctx.calls is not None:
             grad_x = kind.input_gradient(g, x, weight) if input_needed else None
             # Calls that another backward pass left behind (it failed, or was for the input's
             # gradient only) are not part of this one.
@@ -122,12 +152,17 @@ class _CapturedCall(torch.autograd.Function):
             ctx.calls[:] = [one for one in ctx.calls if one[0] == number]
             ctx.calls.append((number, call))
             return grad_x, None, None, None, None, None
-        if layer.optimizer is None:
-            grad_x = kind.input_gradient(g, x, weight) if input_needed else None
-            return grad_x, *kind.gradients(g, x, weight, bias), None, None, None
-        gamma = layer.weights(ctx.batch, call)
-        grads = kind.weighted_gradients(g, x, weight, gamma, input_needed, bias)
-        return *grads, None, None, None
+        elif layer.takes(ctx.batch, [call]):
+            gamma = layer.weights(ctx.batch, call)
+            grads = kind.weighted_gradients(g, x, weight, gamma, input_needed, bias)
+            if layer in ctx.batch.odd:
+                # Another call of this batch may turn out not to have one row a sample.
+                watch(layer, [call], grads[1:])
+            else:
+                layer.weighted_alone = backward_pass()
+            return *grads, None, None, None
+        grad_x = kind.input_gradient(g, x, weight) if input_needed else None
+        return grad_x, *kind.gradients(g, x, weight, bias), None, None, None
 
 
 class _Captured:
@@ -136,24 +171,20 @@ class _Captured:
     _fngd_original: type
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        layer = self.__dict__.get(_ATTRIBUTE)
+        if layer is None:
+            # Somebody kept the method of a module that has been let go.
+            return _forward_of(self)(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            return self._run(*args, **kwargs)
+            return _run_or_leave(self, layer, *args, **kwargs)
         inputs = (*args, *kwargs.values())
-        layer = getattr(self, _ATTRIBUTE)
-        plain = len(inputs) > 1 or torch.compiler.is_exporting()
+        # Not is_exporting(), which torch 2.11 takes for true in every compiled graph.
+        plain = len(inputs) > 1 or torch.compiler._is_exporting_flag
         if plain or _skips(layer, self, inputs[0]):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if layer.gated or not layer.in_graph:
-            return self._run(*args, **kwargs)
+            return _run_or_leave(self, layer, *args, **kwargs)
         return run_in_graph(self, layer.kind, layer.key, layer.batches.key, inputs[0])  # type: ignore[arg-type]
-
-    # A compiled model breaks its graph here.
-    @torch.compiler.disable
-    def _run(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        inputs = (*args, *kwargs.values())
-        layer = getattr(self, _ATTRIBUTE)
-        out = _run(layer, self, inputs[0]) if len(inputs) == 1 else None  # type: ignore[arg-type]
-        return super().forward(*args, **kwargs) if out is None else out  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are plain modules of the original class, without our attribute.
@@ -161,6 +192,19 @@ class _Captured:
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != _ATTRIBUTE})
         # Pickle insists on the object's own class in the newer protocols.
         return plain.__reduce_ex__(0)
+
+
+def _forward_of(module: Any) -> Any:
+    """Return the forward of a module's class without capture."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, _Captured)).forward  # type: ignore[attr-defined]
+
+
+# A compiled model breaks its graph here.
+@torch.compiler.disable
+def _run_or_leave(module: Any, layer: LayerMethod, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    inputs = (*args, *kwargs.values())
+    out = _run(layer, module, inputs[0]) if len(inputs) == 1 else None
+    return _forward_of(module)(module, *args, **kwargs) if out is None else out
 
 
 def attach(module: nn.Module, layer: LayerMethod) -> None:
@@ -181,6 +225,11 @@ def attach(module: nn.Module, layer: LayerMethod) -> None:
     module.__dict__[_ATTRIBUTE] = layer
 
 
+def owner(module: nn.Module) -> LayerMethod | None:
+    """Return the method that captures a module; None if there is none."""
+    return module.__dict__.get(_ATTRIBUTE)
+
+
 def detach(module: nn.Module, layer: LayerMethod | None = None) -> None:
     """Take a module out of capture without a trace; does nothing if it is not captured.
 
@@ -188,6 +237,8 @@ def detach(module: nn.Module, layer: LayerMethod | None = None) -> None:
         module: Any module.
         layer: The method that lets go; another method's capture stays. Default: whoever has it.
     """
-    if isinstance(module, _Captured) and layer in (None, module.__dict__[_ATTRIBUTE]):
-        module.__class__ = module._fngd_original
-        del module.__dict__[_ATTRIBUTE]
+    if isinstance(module, _Captured) and layer in (None, module.__dict__.get(_ATTRIBUTE)):
+        module.__dict__.pop(_ATTRIBUTE, None)
+        # A parametrization derives a class from the captured one, and undoes that itself.
+        if type(module) is _SWAPPED[module._fngd_original]:
+            module.__class__ = module._fngd_original

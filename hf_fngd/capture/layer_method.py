@@ -35,22 +35,71 @@ class LayerMethod:
 
     # Whether the method can stay inside a graph of torch.compile; otherwise the graph breaks.
     in_graph: ClassVar[bool] = False
+    # Whether a gradient has come through the layer in this step, and whether all are plain from
+    # now on.
+    delivered = left_out = False
+    # Whether a batch has shown that the first dimension is the batch, and not the positions.
+    rows_are_sure = False
 
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.batches: Batches = optimizer.batches
         self.number, self.kind = number, kind
+        self._module = weakref.ref(module)
         self.name = self.batches.names[number]
         # Key of the layer in compiled graphs, from `attach`.
         self.key: Tensor | None = None
         # Whether the layer breaks them. Not looked up by its number, which Dynamo would compile
         # into the graph: equal blocks could not share one.
         self.gated = False
+        # Whether its forward passes are not captured any more.
+        self.skipped = False
+        # See `capture.watch`: the present one, and the last backward pass with calls outside it.
+        self.watch: Any = None
+        self.weighted_alone = -1
 
     @property
     def optimizer(self) -> Any:
         """The optimizer; None once it has gone, and gradients are plain from then on."""
         return self._optimizer()
+
+    def parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the module's weight and bias, None for what it has not."""
+        module = self._module()
+        if module is None:
+            return None, None
+        return module._parameters.get("weight"), module._parameters.get("bias")
+
+    def takes(self, batch: Batch, calls: list[Call]) -> bool:
+        """Decide whether the method handles these calls; otherwise their gradient is plain.
+
+        Args:
+            batch: The batch.
+            calls: All calls of a fresh batch, or one of another.
+
+        Returns:
+            False if the optimizer is gone, the layer is left out, or its rows are not samples.
+        """
+        self.delivered = True
+        return (
+            self.optimizer is not None
+            and not self.left_out
+            and self.batches.judge(batch, self, calls)
+        )
+
+    def leave_out(self, why: str) -> None:
+        """Give the layer its plain gradient from now on, and forget what is known of it.
+
+        Args:
+            why: The reason, for the warning.
+        """
+        if not self.left_out:
+            self.left_out = True
+            self.batches.leave_out(self, why)
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what the method keeps of the layer; by default there is nothing."""
 
     def weights(self, batch: Batch, call: Call) -> Tensor:
         """Look up the weights of one call, in a batch that is not fresh.
@@ -80,17 +129,22 @@ class LayerMethod:
         """
         return sum_gradients(self.kind, calls, bias)
 
-    def count_delivery(self, batch: Batch, each: str) -> None:
+    def count_delivery(self, batch: Batch, each: str) -> bool:
         """Count a backward pass of the layer, and warn where it is not the batch's first.
 
         Args:
             batch: The batch.
             each: What became of each of the passes, for the warning.
+
+        Returns:
+            Whether it is the batch's first.
         """
-        if self.number in batch.delivered:
+        first = self.number not in batch.delivered
+        if not first:
             self.batches.warn_once(
                 self.name,
                 f"had two backward passes for one batch, each {each}; where checkpointed blocks "
                 "share it, set use_reentrant=False",
             )
         batch.delivered.add(self.number)
+        return first

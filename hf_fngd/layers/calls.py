@@ -145,5 +145,5 @@ def spread(gamma: Tensor, lengths: Sequence[int]) -> Tensor:
     Returns:
         γ `[1, T]`.
     """
-    repeats = torch.tensor(lengths, device=gamma.device)
+    repeats = torch.tensor(lengths).to(gamma.device, non_blocking=True)
     return gamma.repeat_interleave(repeats, output_size=sum(lengths)).unsqueeze(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def timer(self, device: torch.device) -> Iterator[None]:
@@ -32,6 +33,7 @@ class Stopwatch:
             yield
             end.record()
             self._events.append((start, end))
+            self._add_finished()
         else:
             begin = time.perf_counter()
             yield
@@ -39,11 +41,16 @@ class Stopwatch:
 
     def seconds(self) -> float:
         """Return the seconds so far."""
-        for start, end in self._events:
+        for _, end in self._events:
             end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000
-        self._events.clear()
+        self._add_finished()
         return self._seconds
+
+    def _add_finished(self) -> None:
+        # A loop that never asks for the seconds would otherwise pile up events.
+        while self._events and self._events[0][1].query():
+            start, end = self._events.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
 
 
 class Counters:

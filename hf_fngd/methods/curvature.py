@@ -14,7 +14,7 @@ rank one).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -49,8 +49,10 @@ class LayerCurvature(LayerMethod, ABC):
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         super().__init__(optimizer, number, module, kind)
         self.config = optimizer.config
-        # Shape `[G, d_out, d_in]` of the block, with a trained bias as the last feature.
-        self.shape = join(module, kind, torch.Tensor.detach).shape
+        # Whether the bias is part of the block `[G, d_out, d_in]`, as its last feature.
+        bias = module._parameters["bias"]
+        self.joint = bias is not None and bias.requires_grad
+        self.shape = self.join(module, torch.Tensor.detach).shape
         # The part of a checkpoint.
         self.state: dict[str, Tensor] = {}
         self.fallbacks = 0
@@ -60,9 +62,15 @@ class LayerCurvature(LayerMethod, ABC):
     ) -> tuple[Tensor | None, Tensor | None]:
         observed, plain = self.optimizer.observed(self, batch, calls[0])
         if observed is not None:
+            first = self.count_delivery(batch, "observed by itself")
             with self.optimizer.clock.timer(calls[0].x.device):
-                self.observe(calls, observed, bias)
-        return sum_gradients(self.kind, calls, bias) if plain else (None, None)
+                self.observe(calls, observed, self.joint)
+        if not plain:
+            return None, None
+        grads = sum_gradients(self.kind, calls, bias)
+        if observed is not None:
+            self.optimizer.scale.note(self, first, grads[0])
+        return grads
 
     def canonical(self, calls: Sequence[Call], kappa: float, joint: bool) -> tuple[Tensor, Tensor]:
         """Bring calls into the canonical layout.
@@ -80,6 +88,26 @@ class LayerCurvature(LayerMethod, ABC):
             a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
         return a, g * kappa
 
+    def join(self, module: nn.Module, read: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """Bring weight and bias, or something of them, into one block.
+
+        Args:
+            module: The layer.
+            read: Function of a parameter, as its gradient.
+
+        Returns:
+            `[G, d_out, d_in]`, with the bias as the last feature.
+        """
+        matrix = self.kind.to_canonical(read(module.get_parameter("weight")))
+        if not self.joint:
+            return matrix
+        bias = read(module.get_parameter("bias"))
+        return torch.cat([matrix, bias.reshape(*matrix.shape[:2], 1)], 2)
+
+    def forget(self) -> None:
+        self.discard()
+        self.state = {}
+
     def clamped(self) -> str | None:
         """Say which setting is larger than the layer and what is done instead; None if none is."""
         return None
@@ -87,6 +115,10 @@ class LayerCurvature(LayerMethod, ABC):
     @abstractmethod
     def observe(self, calls: Sequence[Call], kappa: float, joint: bool) -> None:
         """Take in one micro-batch; the arguments are those of `canonical`."""
+
+    @abstractmethod
+    def rescale(self, factor: float) -> None:
+        """Multiply the output gradients behind the observations, as if κ had been larger."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -156,24 +188,6 @@ class LayerCurvature(LayerMethod, ABC):
         return self.config.damping * trace / count
 
 
-def join(module: nn.Module, kind: LayerType, read: Any) -> Tensor:
-    """Bring weight and trained bias, or something of them, into one block.
-
-    Args:
-        module: The layer.
-        kind: Its type.
-        read: Function of a parameter, as its gradient.
-
-    Returns:
-        `[G, d_out, d_in]`, with the bias as the last feature.
-    """
-    matrix = kind.to_canonical(read(module.get_parameter("weight")))
-    bias = module._parameters["bias"]
-    if bias is None or not bias.requires_grad:
-        return matrix
-    return torch.cat([matrix, read(bias).reshape(*matrix.shape[:2], 1)], 2)
-
-
 def alive(kind: LayerType, g: Tensor) -> Tensor | None:
     """Find the positions that are not padding: those with a gradient.
 
@@ -195,12 +209,20 @@ def inverse_or_zero(damping: Tensor) -> Tensor:
     return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
 
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    # Read from the device once.
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+
+
 class AveragedCurvature(LayerCurvature):
     """Curvature from statistics that are averaged over micro-batches and ranks."""
 
+    # How often the output gradient is a factor of each statistic.
+    powers: ClassVar[tuple[int, ...]]
+
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         super().__init__(optimizer, number, module, kind)
-        # Sums over micro-batches, and at the end their number.
+        # Sums of statistics over micro-batches, and at the end their number.
         self._pending: list[Tensor] | None = None
         self._lost = False
 
@@ -211,6 +233,10 @@ class AveragedCurvature(LayerCurvature):
     @abstractmethod
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the statistics, the same on every rank."""
+
+    def rescale(self, factor: float) -> None:
+        for total, power in zip(self._pending or (), self.powers, strict=False):
+            total *= factor**power
 
     def discard(self) -> None:
         self._pending = None
@@ -224,7 +250,7 @@ class AveragedCurvature(LayerCurvature):
 
     def statistics(self, like: Tensor) -> list[Tensor]:
         pending = self._pending
-        self._lost = pending is not None and not all(bool(t.isfinite().all()) for t in pending)
+        self._lost = pending is not None and not _finite(pending)
         if pending is None or self._lost:
             pending = [like.new_zeros(shape) for shape in [*self.shapes(), ()]]
         self._pending = pending
@@ -301,6 +327,10 @@ class SampleBlock:
         return scaled.transpose(1, 2) @ a.flatten(1, 2)
 
 
+# How often the output gradient is a factor of what `BlockCurvature.describe` returns.
+_POWERS = {"u": 1, "g": 1, "sketch": 1, "sketch_g": 1, "gram": 2, "trace": 2}
+
+
 class BlockCurvature(LayerCurvature):
     """Curvature from per-sample gradients kept for many steps, on each rank its own."""
 
@@ -346,6 +376,11 @@ class BlockCurvature(LayerCurvature):
         self.fallbacks += fallback
         self.state = pending
         return True
+
+    def rescale(self, factor: float) -> None:
+        for name, power in _POWERS.items():
+            if self._pending is not None and name in self._pending:
+                self._pending[name] = self._pending[name] * factor**power
 
     def discard(self) -> None:
         self._pending = None

@@ -48,6 +48,9 @@ class EvaLayer(AveragedCurvature):
     """Eva for one layer; a grouped convolution has vectors for each group."""
 
     config: EvaConfig
+    powers = (0, 1)
+    # Means over samples and positions are the same, whichever dimension is the batch.
+    rows_are_sure = True
 
     def shapes(self) -> list[tuple[int, ...]]:
         groups, d_out, d_in = self.shape

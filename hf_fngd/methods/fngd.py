@@ -118,9 +118,16 @@ class FNGDLayer(LayerMethod):
     def gradients(
         self, batch: Batch, calls: list[Call], bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        fngd, kind = self.optimizer, self.kind
+        fngd = self.optimizer
         batch.used = True
-        self.count_delivery(batch, "with its own coefficients")
+        first = self.count_delivery(batch, "with its own coefficients")
+        grads = self._natural(batch, calls, bias)
+        if fngd.needs_loss_scale:
+            fngd.scale.note(self, first, grads[0])
+        return grads
+
+    def _natural(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
+        fngd, kind = self.optimizer, self.kind
         with fngd.counters.clock.timer(calls[0].x.device):
             gamma, per_sample = self._solve(batch, calls, bias)
         scaled = [
@@ -134,6 +141,9 @@ class FNGDLayer(LayerMethod):
         if not bias:
             return grad_weight, None
         return grad_weight, torch.stack([kind.bias_gradient(g) for _, g, _ in scaled]).sum(0)
+
+    def forget(self) -> None:
+        self.optimizer.forget(self.number)
 
     def _over_row(self, batch: Batch, gamma: Tensor, g: Tensor) -> Tensor:
         check_row(self.name, self.kind.positions(g), batch.lengths)
@@ -157,7 +167,7 @@ class FNGDLayer(LayerMethod):
             matrix,
             damping=config.damping,
             mode=config.damping_mode,
-            kappa=a.shape[1] * fngd.loss_divisor,
+            kappa=a.shape[1] * fngd.scale.divisor,
             leave_one_out=config.leave_one_out,
         )
         fngd.counters.count_solution(solution)
@@ -188,6 +198,7 @@ class FNGD(LayerOptimizer):
     config_class = FNGDConfig
     layer_class = FNGDLayer
     method = "fngd"
+    weights_gradients = True
 
     def set_up(self, module: nn.Module) -> None:
         config = self.config
@@ -276,6 +287,19 @@ class FNGD(LayerOptimizer):
             batch.gamma = self.stored(batch)
         return batch
 
+    def precondition(self) -> None:
+        if not (self.needs_loss_scale and self.collecting):
+            return
+        factor = self.scale.find(self.param_groups[0]["params"][0].device)
+        if factor != 1.0:
+            raise FNGDError(
+                f"damping_mode=absolute needs to know the scale of the loss, and this step has "
+                f"{self.scale.micro_batches} micro-batches, with gradients "
+                f"{self.scale.micro_batches / factor:g} times those at the step: call "
+                "set_loss_scale(micro_batches, scale) before the backward passes, with scale=1 "
+                "where there is no GradScaler"
+            )
+
     def end_step(self) -> None:
         self._write()
         super().end_step()
@@ -327,6 +351,18 @@ class FNGD(LayerOptimizer):
             self._unwritten.append(batch)
         batch.gamma[:, layer] = gamma.to(batch.gamma)
 
+    def forget(self, layer: int) -> None:
+        """Drop the coefficients of one layer.
+
+        Args:
+            layer: Number of the layer.
+        """
+        for batch in self._unwritten:
+            if batch.gamma is not None:
+                batch.gamma[:, layer] = torch.nan
+        if self.store is not None:
+            self.store.drop(layer)
+
     def _write(self) -> None:
         """Write the coefficients found so far to the store."""
         for batch in self._unwritten:
@@ -358,6 +394,9 @@ class FNGD(LayerOptimizer):
             self.counters.gather()
             return
         self._write()
+        for numbers in ranks.gather([one.number for one in self.layers if one.left_out]) or []:
+            for number in numbers:
+                self.layers[number].leave_out("another process has left it out")
         if self.store is not None:
             self.store.merge()
 

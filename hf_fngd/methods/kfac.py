@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_fngd.config import setting
+from hf_fngd.layers import LayerType
 from hf_fngd.layers.calls import Call
 from hf_fngd.methods.curvature import AveragedCurvature, alive, inverse_or_zero
 from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig, kl_clip
-from hf_fngd.solve.coefficients import inverse_of_shifted
+from hf_fngd.solve.coefficients import eigen, inverse_of_shifted
 
 # Rows of positions that are copied at a time to form a factor.
 _BLOCK_BYTES = 2**26
@@ -69,6 +70,12 @@ class KFACLayer(AveragedCurvature):
     """KFAC for one layer; a grouped convolution has factors for each group."""
 
     config: KFACConfig
+    powers = (0, 2, 0)
+
+    def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
+        super().__init__(optimizer, number, module, kind)
+        # Where every position is an observation, it does not matter which dimension is the batch.
+        self.rows_are_sure = self.config.kfac_approx == "expand"
 
     def shapes(self) -> list[tuple[int, ...]]:
         groups, d_out, d_in = self.shape
@@ -92,7 +99,7 @@ class KFACLayer(AveragedCurvature):
             rows = mask.sum((1, 2, 3)).clamp(min=1)
             factor_a = second_moment(a * mask) / rows.view(-1, 1, 1)
         factor_g = second_moment(g) * (1 / n)
-        return [factor_a, factor_g, factor_a.new_tensor(float(n))]
+        return [factor_a, factor_g, factor_a.new_full((), float(n))]
 
     def update(self, step: int) -> bool:
         means = self.means()
@@ -151,7 +158,7 @@ class KFAC(PreconditionedOptimizer):
 
 
 def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(0.5 * (factor + factor.transpose(1, 2)))
+    values, vectors = eigen(0.5 * (factor + factor.transpose(1, 2)))
     return values.clamp(min=0), vectors
 
 

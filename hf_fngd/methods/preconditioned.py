@@ -21,10 +21,9 @@ from hf_fngd import ranks
 from hf_fngd.capture import Batch
 from hf_fngd.config import DampedConfig, setting
 from hf_fngd.errors import FNGDError
-from hf_fngd.layers import LayerType
 from hf_fngd.layers.calls import Call
 from hf_fngd.methods.counters import Stopwatch
-from hf_fngd.methods.curvature import LayerCurvature, join
+from hf_fngd.methods.curvature import LayerCurvature
 from hf_fngd.methods.fisher_labels import FisherLabels
 from hf_fngd.optimizer import LayerOptimizer
 
@@ -149,10 +148,9 @@ class PreconditionedOptimizer(LayerOptimizer):
         sampled = self.config.fisher_labels == "sampled"
         if self._sampling != sampled:
             return None, not self._sampling
-        layer.count_delivery(batch, "observed by itself")
         samples = call.x.shape[0]
         self.seen = max(self.seen, samples)
-        return (1.0 if sampled else samples * self.loss_divisor), not self._sampling
+        return (1.0 if sampled else samples * self.scale.divisor), not self._sampling
 
     def begin_sampling(self) -> tuple[Any, torch.Generator] | None:
         """Begin a second backward pass with drawn labels, where one is due.
@@ -161,7 +159,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             A context in which the backward pass runs, and its random numbers; or None.
         """
         batch = self.batches.current
-        if not self.batches.active or batch is None or batch.size is None or not batch.gates:
+        if not self.batches.active or batch is None or not batch.gates:
             return None
         keys = (ranks.number(), self.steps, self._drawn)
         self._drawn += 1
@@ -176,8 +174,9 @@ class PreconditionedOptimizer(LayerOptimizer):
             self._sampling = False
 
     def weights(self) -> list[Tensor]:
-        """Return the weights of the captured layers."""
-        return [module.get_parameter("weight") for module, _ in self.captured]
+        """Return the weights of the captured layers, but those that have been replaced."""
+        found = (layer.parameters()[0] for layer in self.layers)
+        return [weight for weight in found if isinstance(weight, nn.Parameter)]
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -187,11 +186,11 @@ class PreconditionedOptimizer(LayerOptimizer):
         active = [
             (module, layer)
             for module, layer in self.captured
-            if module.get_parameter("weight").grad is not None
+            if getattr(module._parameters.get("weight"), "grad", None) is not None
         ]
         if not active:
             return
-        means = [join(module, layer.kind, _gradient) for module, layer in active]
+        means = [layer.join(module, _gradient) for module, layer in active]
         parts = [layer.local_parts(m) for (_, layer), m in zip(active, means, strict=True)]
         ranks.average([part for one in parts for part in one])
         directions, dampings = [], []
@@ -207,7 +206,18 @@ class PreconditionedOptimizer(LayerOptimizer):
             self._kl_scale = kl_scale(self.config.kl_clip, known, dampings, means, directions)
             directions = [v * self._kl_scale.to(v.dtype) for v in directions]
         for (module, layer), v in zip(active, directions, strict=True):
-            _write(module, layer.kind, v)
+            _write(module, layer, v)
+
+    def _discard(self) -> None:
+        for layer in self.layers:
+            layer.discard()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        # Drawn labels are observed in the forward pass, after which many loops call this.
+        if self.config.fisher_labels == "empirical":
+            self._discard()
+            self.seen = 0
 
     def end_step(self) -> None:
         super().end_step()
@@ -234,13 +244,21 @@ class PreconditionedOptimizer(LayerOptimizer):
                     f"is smaller than that of the last curvature update ({self.last_size}): the "
                     "update waits for the next step",
                 )
-            for layer in self.layers:
-                layer.discard()
+            self._discard()
             return
         weight = self.weights()[0]
+        factor = self.scale.find(weight.device)
+        if factor != 1.0:
+            for layer in self.layers:
+                layer.rescale(factor)
         like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
         with self.clock.timer(like.device):
-            ranks.average([tensor for layer in self.layers for tensor in layer.statistics(like)])
+            left_out = like.new_tensor([float(layer.left_out) for layer in self.layers])
+            statistics = [tensor for layer in self.layers for tensor in layer.statistics(like)]
+            ranks.average([left_out, *statistics])
+            for layer, share in zip(self.layers, left_out.tolist(), strict=True):
+                if share > 0:
+                    layer.leave_out("another process has left it out")
             failed = sum(not layer.update(self.steps) for layer in self.layers)
         self.nonfinite += failed
         self.updates += 1
@@ -289,12 +307,11 @@ class PreconditionedOptimizer(LayerOptimizer):
             )
             self.next_update, self.last_size = saved["steps"], 0
         else:
-            for layer, weight, tensors in zip(
-                self.layers, self.weights(), saved["curvature"], strict=True
-            ):
-                # Counts stay on the CPU.
+            for (module, layer), tensors in zip(self.captured, saved["curvature"], strict=True):
+                device = module.get_parameter("weight").device
+                # Counts are read at every step, and stay on the CPU.
                 layer.state = {
-                    name: value.clone() if value.dim() == 0 else value.clone().to(weight.device)
+                    name: value.clone().to(device if value.dim() or name == "damping" else "cpu")
                     for name, value in tensors.items()
                 }
         self.batches.active = saved["steps"] >= self.next_update
@@ -338,12 +355,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
-def _write(module: nn.Module, kind: LayerType, v: Tensor) -> None:
+def _write(module: nn.Module, layer: LayerCurvature, v: Tensor) -> None:
     """Write a direction `[G, d_out, d_in]` (with the bias as last feature) into `.grad`."""
-    weight, bias = module.get_parameter("weight"), module._parameters["bias"]
+    weight = module.get_parameter("weight")
     assert weight.grad is not None
-    if bias is not None and bias.requires_grad:
+    if layer.joint:
+        bias = module.get_parameter("bias")
         if bias.grad is not None:
             bias.grad.copy_(v[..., -1].reshape(-1))
         v = v[..., :-1]
-    weight.grad.copy_(kind.from_canonical(v, weight))
+    weight.grad.copy_(layer.kind.from_canonical(v, weight))

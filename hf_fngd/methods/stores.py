@@ -1,7 +1,7 @@
 """Where FNGD keeps coefficients between epochs: one a data set row and layer, or one a layer.
 
-Both stores answer the same calls: `start_epoch`, `write`, `read`, `values`, `merge`, `state_dict`
-and `load_state_dict`.
+Both stores answer the same calls: `start_epoch`, `write`, `read`, `values`, `drop`, `merge`,
+`state_dict` and `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class LayerStore:
         """Return the means as float32 `[1, layers]`, with NaN where nothing was collected."""
         total, count = self.total + self.local
         return (total / count).float().unsqueeze(0)
+
+    def drop(self, layer: int) -> None:
+        """Forget the coefficients of one layer."""
+        self.total[:, layer] = self.local[:, layer] = 0.0
 
     def merge(self) -> None:
         """Make the store equal on all ranks: sums and counts are added."""
@@ -215,6 +219,11 @@ class SampleStore:
         filled = rows[~values.isnan().all(1)]
         self.known[filled] = True
         self.dirty[filled] = True
+
+    def drop(self, layer: int) -> None:
+        """Forget the coefficients of one layer."""
+        self.table[self.known, layer] = torch.nan
+        self._means = None
 
     def merge(self) -> None:
         """Make the store equal on all ranks; a row seen by several gets the mean."""

@@ -100,7 +100,7 @@ def solve(
         return Solution(gamma, finite=True, fallback=False)
     if not bool(gram.isfinite().all() & ratio.isfinite()):
         return Solution(torch.ones_like(gamma), finite=False, fallback=False)
-    values, vectors = torch.linalg.eigh(0.5 * (gram + gram.t()).double() * ratio.double())
+    values, vectors = eigen(0.5 * (gram + gram.t()).double() * ratio.double())
     gamma = vectors @ (vectors.sum(0) / (1 + values.clamp(min=0)))
     return Solution(gamma.to(gram.dtype), finite=True, fallback=True)
 
@@ -121,6 +121,27 @@ def inverse_of_shifted(matrix: Tensor) -> tuple[Tensor, bool]:
     inverse = torch.cholesky_inverse(factor)
     if bool((info == 0).all() & inverse.isfinite().all()):
         return inverse, False
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT).double())
+    values, vectors = eigen(0.5 * (matrix + matrix.mT).double())
     shrink = 1 / (1 + values.clamp(min=0))
     return ((vectors * shrink.unsqueeze(-2)) @ vectors.mT).to(matrix.dtype), True
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose symmetric matrices; where a GPU's solver does not converge, the CPU's does.
+
+    Args:
+        matrix: Finite, of shape `[*, n, n]`.
+
+    Returns:
+        Eigenvalues `[*, n]` and eigenvectors `[*, n, n]` on the matrix's device.
+
+    Raises:
+        torch.linalg.LinAlgError: If the CPU's solver fails, too.
+    """
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        if matrix.device.type == "cpu":
+            raise
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)

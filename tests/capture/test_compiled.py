@@ -335,6 +335,18 @@ def test_activation_checkpointing(inside: bool) -> None:
     assert_same(*found, **CLOSE)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_is_the_plain_one(strict: bool) -> None:
+    model, plain = mlp(), mlp()
+    create_fngd_optimizer(model, lr=0.1)
+    x = rows(BATCH, 4)[0]
+    found, expected = (torch.export.export(m, (x,), strict=strict) for m in (model, plain))
+    assert [n.target for n in found.graph.nodes] == [n.target for n in expected.graph.nodes]
+    assert torch.equal(found.module()(x), plain(x))
+    # And it trains naturally when it is compiled afterwards.
+    assert_trains_the_same(mlp, rows(ROWS, 4))
+
+
 @pytest.mark.parametrize("method", ["kfac", "tengrad"])
 def test_other_methods_break_the_graph_and_train_the_same(method: str) -> None:
     inputs, classes = rows(BATCH, 4)

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_fngd import create_preconditioned_optimizer
 from hf_fngd.methods import preconditioned
-from hf_fngd.methods.curvature import join
 from tests.hf.test_ddp import LAUNCHERS, both, on_two_ranks
 from tests.hf.test_methods_trainer import SETTINGS as LEARNING
 from tests.hf.test_runner import BATCHES, SCRIPT, run
@@ -113,15 +112,12 @@ def reference(name):
         optimizer.step()
         for key, parameter in model.named_parameters():
             parameter.grad = total[key].clone()
-        modules = optimizer.selection.chosen.values()
-        blocks = [join(module, kind, lambda p: p.grad) for module, kind in modules]
+        blocks = [layer.join(module, lambda p: p.grad) for module, layer in optimizer.captured]
         pairs = zip(optimizer.layers, blocks, strict=True)
         parts.append([layer.local_parts(m) for layer, m in pairs])
-    for layer, (module, kind), m, *mine in zip(
-        optimizer.layers, optimizer.selection.chosen.values(), blocks, *parts, strict=True
-    ):
+    for (module, layer), m, *mine in zip(optimizer.captured, blocks, *parts, strict=True):
         v, _ = layer.combine(m, [(one + other) / 2 for one, other in zip(*mine, strict=True)])
-        preconditioned._write(module, kind, v)
+        preconditioned._write(module, layer, v)
     return directions(model)
 
 

@@ -640,7 +640,7 @@ def test_layer_without_one_row_a_sample(method: str, caplog: pytest.LogCaptureFi
     # Nobody says which of the two is the batch.
     optimizer = make(plain, method)
     with pytest.raises(FNGDError, match="disagree about the batch size"):
-        plain(x)
+        feed(plain, optimizer, x)
 
 
 @pytest.mark.parametrize("labels", ["empirical", "sampled"])

@@ -28,7 +28,7 @@ def model() -> nn.Module:
 @pytest.fixture
 def inputs() -> Tensor:
     return (
-        torch.randn(ROWS, 3, 4, dtype=torch.float64) * torch.linspace(0.3, 3, ROWS)[:, None, None]
+        torch.randn(ROWS, 2, 4, dtype=torch.float64) * torch.linspace(0.3, 3, ROWS)[:, None, None]
     )
 
 

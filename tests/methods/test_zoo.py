@@ -58,6 +58,7 @@ def test_every_selected_layer_has_its_natural_gradient(name: str) -> None:
     optimizer.set_batch(range(count))
     share(model, rows, slice(None)).backward()
     odd = {path for path in wanted if re.fullmatch(ZOO[name].odd, path)}
+    optimizer.batches.close()
     assert optimizer.batches.left_out == odd
     share(plain, rows, slice(None)).backward()
     for path in wanted - odd:
