@@ -41,7 +41,8 @@ def sgd_rule(
             key = i if param.device.type == "cpu" else (param.device, param.dtype)
             parts.setdefault(key, []).append(i)
         for part in parts.values():
-            _rms_sgd(*([each[i] for i in part] for each in (params, grads, states)), group)
+            members, theirs = [params[i] for i in part], [grads[i] for i in part]
+            _rms_sgd(members, theirs, [states[i] for i in part], group)
         return
     buffers = [state.get("momentum_buffer") for state in states]
     sgd(
