@@ -64,7 +64,8 @@ def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
     batch = layer.batches.of_forward(layer, x.shape[0])
     if batch is None:
         return None
-    weight: Tensor = module.get_parameter("weight")
+    # Not get_parameter, which takes as long as a small operator.
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
     bias: Tensor | None = module._parameters["bias"]
     calls: list[Delivery] | None = None
     if batch.fresh:
