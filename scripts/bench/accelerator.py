@@ -30,11 +30,15 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv"]
-        said = subprocess.run(query, capture_output=True, text=True, check=False)
+        try:
+            said = subprocess.run(query, capture_output=True, text=True, check=False)
+            driver = said.stdout.strip() or said.stderr.strip()
+        except OSError as error:
+            driver = str(error)
         found |= {
             "device": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
-            "nvidia_smi": said.stdout.strip() or said.stderr.strip(),
+            "nvidia_smi": driver,
             "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }

@@ -115,6 +115,8 @@ class Trial:
         self.optimizers: list[torch.optim.Optimizer]
         if name in OURS:
             ours = create_preconditioned_optimizer(self.model, lr=rate, **OURS[name])
+            # As a Trainer does.
+            ours.set_loss_scale()
             if isinstance(ours, FNGD):
                 ours.bind_dataset(workload.batch_size)
             self.optimizers = [ours]
