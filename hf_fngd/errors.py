@@ -87,7 +87,7 @@ def whole_numbers(ids: Any) -> list[int]:
     )
     try:
         # One read from the device, not one for each check.
-        given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).cpu()
+        given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), device="cpu")
         found = given.long()
     except (TypeError, ValueError, RuntimeError) as error:
         raise FNGDError(advice.format(error)) from None

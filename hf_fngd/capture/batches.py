@@ -89,7 +89,7 @@ class Batches:
         # Batches since the last step; for compiled graphs also by number, with the last number.
         self._opened: list[Batch] = []
         self.by_key: dict[int, Batch] = {}
-        self.key = torch.tensor(0)
+        self.key = torch.tensor(0, device="cpu")
         self._warned: set[str] = set()
         self._pass = -1
 
@@ -100,7 +100,7 @@ class Batches:
         self._opened.append(batch)
         if batch.announced:
             key = next(_keys)
-            self.by_key[key], self.key = batch, torch.tensor(key)
+            self.by_key[key], self.key = batch, torch.tensor(key, device="cpu")
 
     def of_forward(self, layer: Any, rows: int) -> Batch | None:
         """Find the batch that a layer's forward pass belongs to.
@@ -243,7 +243,7 @@ class Batches:
         self._opened.clear()
         self.current = None
         self.by_key.clear()
-        self.key = torch.tensor(0)
+        self.key = torch.tensor(0, device="cpu")
         for layer in self.to_gate:
             layer.gated = True
         self.to_gate.clear()

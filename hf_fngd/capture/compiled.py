@@ -42,7 +42,7 @@ def register(layer: LayerMethod) -> Tensor:
     """
     number = next(_numbers)
     _layers[number] = layer
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 # CUDA graphs would replay the coefficients of one batch for ever.

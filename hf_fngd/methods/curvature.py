@@ -354,7 +354,7 @@ class BlockCurvature(LayerCurvature):
         # Of several micro-batches the largest and latest one counts.
         if self._pending is None or samples >= float(self._pending["samples"]):
             self._pending = self.describe(*self.canonical(calls, kappa, joint))
-            self._pending["samples"] = torch.tensor(samples)
+            self._pending["samples"] = torch.tensor(samples, device="cpu")
 
     def update(self, step: int) -> bool:
         pending, self._pending = self._pending, None

@@ -29,7 +29,8 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         Classes `[rows]`.
     """
-    noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits)
+    noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64, device="cpu")
+    noise = noise.to(logits)
     # Gumbel's trick: the largest of log p + noise is a sample. Large noise comes from numbers near
     # 0: near 1 float32 would round some of them to 1, whose noise is infinite.
     noise = -(-(-noise.clamp(min=torch.finfo(logits.dtype).tiny)).log1p()).log()

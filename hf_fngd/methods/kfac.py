@@ -111,10 +111,10 @@ class KFACLayer(AveragedCurvature):
         for name, new in zip(("a", "g", "samples"), means, strict=True):
             # A loaded count is on the CPU.
             state[name] = state[name].to(new).lerp(new, 1 - keep) if done else new
-        state["updates"] = torch.tensor(done + 1)
+        state["updates"] = torch.tensor(done + 1, device="cpu")
         if not done or step - int(state["inverted_at"]) >= self.config.inverse_period:
             self._invert()
-            state["inverted_at"] = torch.tensor(step)
+            state["inverted_at"] = torch.tensor(step, device="cpu")
         return not self._lost
 
     def _invert(self) -> None:

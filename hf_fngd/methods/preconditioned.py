@@ -344,7 +344,7 @@ def kl_scale(
         for rate, damping, m, v in zip(rates, dampings, means, directions, strict=True)
     ]
     # Not stacked: layers may differ in precision and device.
-    scale = (bound / sum(changes, torch.zeros(()))).sqrt().clamp(max=1.0)
+    scale = (bound / sum(changes, torch.zeros((), device="cpu"))).sqrt().clamp(max=1.0)
     return torch.where(scale.isnan(), 0.0, scale)
 
 

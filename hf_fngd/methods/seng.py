@@ -93,7 +93,7 @@ class SENGLayer(BlockCurvature):
         size = self.shape.numel()
         chosen = self._draw(size, self.config.sketch_size**2).to(u.device)
         sketch = u[:, chosen]
-        ratio = torch.tensor(size / len(chosen), dtype=torch.float64)
+        ratio = torch.tensor(size / len(chosen), dtype=torch.float64, device="cpu")
         found |= {"chosen": chosen, "sketch": sketch, "ratio": ratio}
         return {**found, "gram": sketch @ sketch.t() * float(ratio)}
 
@@ -109,7 +109,7 @@ class SENGLayer(BlockCurvature):
                 found[f"sketch_{name}"] = factor[..., chosen].contiguous()
                 ratio *= factor.shape[-1] / q
             block = self._sketch_block(found)
-        found["ratio"] = torch.tensor(ratio, dtype=torch.float64)
+        found["ratio"] = torch.tensor(ratio, dtype=torch.float64, device="cpu")
         matrix = block.gram("hadamard") * ratio
         # Exact, where the sketch would make relative damping a random number.
         trace = ((x @ x.transpose(2, 3)) * (y @ y.transpose(2, 3))).sum()
@@ -117,7 +117,7 @@ class SENGLayer(BlockCurvature):
 
     def _draw(self, size: int, count: int, *salt: int) -> Tensor:
         generator = self.generator(self.optimizer.steps, *salt)
-        return torch.randperm(size, generator=generator)[:count]
+        return torch.randperm(size, generator=generator, device="cpu")[:count]
 
     @staticmethod
     def _sketch_block(state: dict[str, Tensor]) -> SampleBlock:

@@ -33,7 +33,7 @@ class LayerStore:
 
     def __init__(self, num_layers: int) -> None:
         # Sum and count; `local` is what this rank has collected since the last merge.
-        self.total, self.local = torch.zeros(2, 2, num_layers, dtype=torch.float64)
+        self.total, self.local = torch.zeros(2, 2, num_layers, dtype=torch.float64, device="cpu")
 
     def start_epoch(self, collecting: bool) -> None:
         """Forget everything before coefficients are collected anew."""
@@ -108,8 +108,8 @@ class SampleStore:
         # Unknown rows hold zeros, which take no room before they are written to.
         self.table = zeros(0, num_layers, dtype, folder)
         self.rows: dict[int, int] | None = None
-        self.known = torch.zeros(0, dtype=torch.bool)
-        self.dirty = torch.zeros(0, dtype=torch.bool)
+        self.known = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self.dirty = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._means: Tensor | None = None
 
     def start_epoch(self, collecting: bool) -> None:
@@ -136,7 +136,7 @@ class SampleStore:
             self.rows = {}
         if self.rows is None:
             limit = len(self.table)
-            return torch.tensor([i if 0 <= i < limit else -1 for i in ids], dtype=torch.long)
+            return _numbers([i if 0 <= i < limit else -1 for i in ids])
         if create:
             for i in ids:
                 if self.num_samples is None or len(self.rows) < self.num_samples:
@@ -144,10 +144,10 @@ class SampleStore:
             if len(self.rows) > len(self.table):
                 grown = max(_MIN_ROWS, int(len(self.table) * _GROWTH), len(self.rows))
                 self._resize(min(grown, self.num_samples or grown))
-        return torch.tensor([self.rows.get(i, -1) for i in ids], dtype=torch.long)
+        return _numbers([self.rows.get(i, -1) for i in ids])
 
     def _resize(self, rows: int) -> None:
-        known, dirty = torch.zeros(2, rows, dtype=torch.bool)
+        known, dirty = torch.zeros(2, rows, dtype=torch.bool, device="cpu")
         kept = min(rows, len(self.table))
         known[:kept], dirty[:kept] = self.known[:kept], self.dirty[:kept]
         self.table = self._copy(self.table[:kept], rows)
@@ -186,7 +186,7 @@ class SampleStore:
 
     def _layer_means(self) -> Tensor:
         if self._means is None:
-            total, count = torch.zeros(2, self.table.shape[1], dtype=torch.float64)
+            total, count = torch.zeros(2, self.table.shape[1], dtype=torch.float64, device="cpu")
             for rows in self.known.nonzero().squeeze(1).split(_PIECE):
                 part = self.table[rows].float()
                 total += part.nansum(0, dtype=torch.float64)
@@ -228,7 +228,7 @@ class SampleStore:
     def merge(self) -> None:
         """Make the store equal on all ranks; a row seen by several gets the mean."""
         mine = self.dirty.nonzero().squeeze(1)
-        ids = mine if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)[mine]
+        ids = mine if self.rows is None else _numbers(list(self.rows))[mine]
         counts = gather(len(ids))
         if counts is not None:
             pieces = 1 + sum(counts) // _PIECE
@@ -240,14 +240,14 @@ class SampleStore:
     def _write_mean(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
         ids, place = torch.cat([ids for ids, _ in parts]).unique(return_inverse=True)
         values = torch.cat([values for _, values in parts]).float()
-        total, count = torch.zeros(2, len(ids), values.shape[1])
+        total, count = torch.zeros(2, len(ids), values.shape[1], device="cpu")
         total.index_add_(0, place, values.nan_to_num(0.0))
         count.index_add_(0, place, (~values.isnan()).float())
         self.write(self.locate(ids.tolist(), create=True), total / count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content as tensors and builtins."""
-        ids = None if self.rows is None else torch.tensor(list(self.rows), dtype=torch.long)
+        ids = None if self.rows is None else _numbers(list(self.rows))
         used = self._used()
         return {
             "table": self._copy(self.table[:used], used),
@@ -281,6 +281,10 @@ class SampleStore:
         self.dirty = state["dirty"].cpu().clone()
 
 
+def _numbers(rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device="cpu")
+
+
 def zeros(rows: int, columns: int, dtype: torch.dtype, folder: str | os.PathLike | None) -> Tensor:
     """Make a matrix of zeros, in memory or in a private file.
 
@@ -301,14 +305,14 @@ def zeros(rows: int, columns: int, dtype: torch.dtype, folder: str | os.PathLike
     """
     count = rows * columns
     if folder is None or count == 0:
-        return torch.zeros(rows, columns, dtype=dtype)
+        return torch.zeros(rows, columns, dtype=dtype, device="cpu")
     size = count * dtype.itemsize
     try:
         descriptor, path = tempfile.mkstemp(prefix="hf_fngd-", dir=folder)
         try:
             # A mapped file that later finds the disk full ends the process (SIGBUS).
             os.posix_fallocate(descriptor, 0, size)
-            table = torch.from_file(path, shared=True, size=count, dtype=dtype)
+            table = torch.from_file(path, shared=True, size=count, dtype=dtype, device="cpu")
         finally:
             os.close(descriptor)
             os.unlink(path)
