@@ -8,6 +8,7 @@ step is a loop over single samples in float64.
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -132,18 +133,16 @@ def shares(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().mean((1, 2)) / len(x)
 
 
-def plain_and_natural(
-    model: nn.Sequential, part: int, x: Tensor
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Gradients of one part's weight and bias, and its per-sample gradients `[N, size]`."""
+def per_sample(model: nn.Sequential, part: int, x: Tensor) -> list[Tensor]:
+    """Gradients of single samples of one part's weight and bias, `[N, *shape]`."""
     parameters = [*model[part].linear.parameters()]
-    u = sample_gradients(lambda i: shares(model, x[i : i + 1])[0] / len(x), parameters, len(x))
-    flat = torch.cat([one.flatten(1) for one in u], 1)
-    return [one.mean(0) for one in u], natural_gradient(u, DAMPING, relative=True), flat
+    return sample_gradients(lambda i: shares(model, x[i : i + 1])[0] / len(x), parameters, len(x))
 
 
-def weighted(flat: Tensor, gamma: Tensor) -> Tensor:
-    return gamma @ flat / len(gamma)
+def mean(u: list[Tensor], gamma: Tensor | None = None) -> list[Tensor]:
+    """Mean of per-sample gradients, weighted or not."""
+    gamma = torch.ones(len(u[0])) if gamma is None else gamma
+    return [torch.einsum("n,n...->...", gamma.to(one), one) / len(one) for one in u]
 
 
 steps = st.tuples(
@@ -184,8 +183,17 @@ def test_natural_or_plain(
                 with torch.no_grad():
                     model(x[:1])
             (shares(model, x).sum() * scale / micro_batches).backward()
+        for parameter in model.parameters():
+            parameter.grad /= scale
         for number, part in enumerate(parts):
-            check(model, twin, number, part, batches, scale * 1.0)
+            us = [per_sample(twin, number, x) for x in batches]
+            plain = [mean(u) for u in us]
+            natural = [natural_gradient(u, DAMPING, relative=True) for u in us]
+            candidates = {
+                name: [sum(ones) / len(batches) for ones in zip(*found, strict=True)]
+                for name, found in (("plain", plain), ("natural", natural))
+            }
+            check(model, number, part, candidates, **CLOSE)
         optimizer.step()
 
 
@@ -198,20 +206,61 @@ def backward_that_fails(model: nn.Module, optimizer: FNGD, x: Tensor) -> None:
 
 def check(
     model: nn.Sequential,
-    twin: nn.Sequential,
     number: int,
     part: type[Part],
-    batches: list[Tensor],
-    scale: float,
+    candidates: dict[str, list[Tensor]],
+    **tolerance: float,
+) -> str:
+    """Return the name of the candidate that a part's gradients are, all of them alike."""
+    found = [parameter.grad for parameter in model[number].linear.parameters()]
+    names = [
+        name
+        for name, wanted in candidates.items()
+        if all(torch.allclose(a, b, **tolerance) for a, b in zip(found, wanted, strict=True))
+    ]
+    assert names and (part.may_be_natural or "plain" in names), (part.__name__, number)
+    return names[0]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.sampled_from(PARTS), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(2, 5), st.sampled_from([2, 3, 4])), min_size=2, max_size=3),
+    st.sampled_from(["sample", "layer"]),
+    st.integers(0, 999),
+)
+def test_stored_coefficients_or_plain_and_nothing_after_the_owner(
+    parts: list[type[Part]], shapes: list[tuple[int, int]], share: str, seed: int
 ) -> None:
-    found = [parameter.grad / scale for parameter in model[number].linear.parameters()]
-    sums = [[0.0, 0.0], [0.0, 0.0]]
-    for x in batches:
-        plain, natural, _ = plain_and_natural(twin, number, x)
-        for total, parts in zip(sums, (plain, natural), strict=True):
-            for place, value in enumerate(parts):
-                total[place] = total[place] + value / len(batches)
-    plain, natural = sums
-    is_plain = all(torch.allclose(a, b, **CLOSE) for a, b in zip(found, plain, strict=True))
-    is_natural = all(torch.allclose(a, b, **CLOSE) for a, b in zip(found, natural, strict=True))
-    assert is_plain or (is_natural and part.may_be_natural), part.__name__
+    torch.manual_seed(seed)
+    model = build(parts)
+    twin = copy.deepcopy(model)
+    optimizer = create_fngd_optimizer(model, lr=0.0, damping=DAMPING, share=share)
+    data = [torch.randn(n, t, WIDTH).double() for n, t in shapes]
+    for epoch in range(2):
+        optimizer.start_epoch(epoch)
+        for batch in list(range(len(data)))[:: 1 - 2 * epoch]:
+            optimizer.zero_grad()
+            ids = range(100 * batch, 100 * batch + len(data[batch]))
+            optimizer.set_batch(ids)
+            fresh = optimizer.batches.current.fresh
+            rows = optimizer.store.locate(list(ids), create=True) if share == "sample" else None
+            gamma = optimizer.store.read(rows)
+            shares(model, data[batch]).sum().backward()
+            for number, part in enumerate(parts):
+                u = per_sample(twin, number, data[batch])
+                candidates = {"plain": mean(u)}
+                # A batch whose samples have no coefficients yet computes them.
+                if not fresh:
+                    weights = gamma[:, number].expand(len(data[batch]))
+                    candidates["stored"] = mean(u, weights)
+                else:
+                    candidates["natural"] = natural_gradient(u, DAMPING, relative=True)
+                check(model, number, part, candidates, **STORED)
+            optimizer.step()
+    del optimizer
+    gc.collect()
+    model.zero_grad()
+    shares(model, data[0]).sum().backward()
+    for number, part in enumerate(parts):
+        check(model, number, part, {"plain": mean(per_sample(twin, number, data[0]))}, **CLOSE)
