@@ -117,6 +117,8 @@ class LayerOptimizer(torch.optim.Optimizer):
                 (layer, self.layer_class(self, number, layer, kind))
                 for number, (layer, kind) in enumerate(self.selection.chosen.values())
             ]
+        self._root = weakref.ref(module)
+        self._first_look: Any = None
         # A model whose optimizer is gone trains plainly.
         weakref.finalize(self, _detach, self.captured).atexit = False
         self.attach()
@@ -143,12 +145,18 @@ class LayerOptimizer(torch.optim.Optimizer):
             capture.attach(module, layer)
         if self.weights_gradients:
             _attached.add(self)
+        root = self._root()
+        if root is not None and not all(layer.rows_are_sure for layer in self.layers):
+            look = _FirstLook(self)
+            self._first_look = look.hook = root.register_forward_pre_hook(look, with_kwargs=True)
 
     def detach(self) -> None:
         """Take all layers out of capture; the model is as it was before."""
         _detach(self.captured)
         self.batches.close()
         _attached.discard(self)
+        if self._first_look is not None:
+            self._first_look.remove()
 
     # ---- what a training loop says -------------------------------------------------------------
 
@@ -424,6 +432,27 @@ class LayerOptimizer(torch.optim.Optimizer):
                     f"the checkpoint was written with {name}={old}, this run has {name}={new}: "
                     "resume with the same settings, or start without the checkpoint"
                 )
+
+
+class _FirstLook:
+    """Hook on the model that looks at the first batch it is trained with."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
+        self.hook: Any = None
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        optimizer = self.optimizer()
+        if optimizer is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        self.hook.remove()
+        batch = optimizer.batches.current
+        size = None if batch is None else batch.size
+        capture.find_order(model, args, kwargs, size, optimizer.captured)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model must not speak to the original's optimizer.
+        return _FirstLook, (None,)
 
 
 def _refuse_foreign(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -228,7 +228,8 @@ class PreconditionedOptimizer(LayerOptimizer):
         current = self.batches.current
         # A batch of no rows has no layer to see it.
         called = current is not None and current.size != 0
-        if self.config.fisher_labels == "sampled" and called and not self.seen:
+        seen = self.seen or self.batches.unfit
+        if self.config.fisher_labels == "sampled" and called and not seen:
             raise FNGDError(
                 "fisher_labels=sampled saw no forward of the whole model in this step: call the "
                 "model itself and not its parts, set use_reentrant=False where blocks are "

@@ -59,7 +59,9 @@ def test_sequence_first_layers_are_plain(lengths):
     assert kept == {"layer.linear1": False, "layer.linear2": False, "out": True}
 
 
-def test_equal_dimensions_are_plain_until_a_batch_shows_which_is_which(caplog):
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "a part of it"])
+def test_equal_dimensions(whole, caplog):
+    # The model itself can be asked; a part of it is plain until a batch shows which is which.
     model = nn.Sequential(nn.Linear(4, 3)).double()
     optimizer = create_fngd_optimizer(model, lr=0.0, share="none", damping=0.1)
     found = []
@@ -69,7 +71,7 @@ def test_equal_dimensions_are_plain_until_a_batch_shows_which_is_which(caplog):
             plain = copy.deepcopy(model)
             optimizer.zero_grad()
             optimizer.set_batch(range(BATCH))
-            model(x).square().mean().backward()
+            (model if whole else model[0])(x).square().mean().backward()
             u = sample_gradients(
                 lambda i, x=x, plain=plain: plain(x[i]).square().mean() / BATCH,
                 [*plain.parameters()],
@@ -83,8 +85,72 @@ def test_equal_dimensions_are_plain_until_a_batch_shows_which_is_which(caplog):
                 if all(torch.allclose(a, b) for a, b in zip(grads, wanted, strict=True))
             ]
             optimizer.step()
-    assert found == ["plain", "natural", "natural"]
-    assert len(caplog.records) == 1 and "choose another batch size" in caplog.text
+    assert found == ["natural" if whole else "plain", "natural", "natural"]
+    assert len(caplog.records) == (not whole)
+    assert whole or "choose another batch size" in caplog.text
+
+
+class Odd(nn.Module):
+    """A model that keeps count of what happens to it."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.first, self.drop, self.turned = nn.Linear(4, 4), nn.Dropout(0.5), turned
+        self.norm = nn.BatchNorm1d(4)
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x, mask=None, options=None):
+        x = self.norm(self.drop(self.first(x)).transpose(1, 2)).transpose(1, 2)
+        x = self.inner(x.transpose(0, 1) if self.turned else x)
+        return x.transpose(0, 1) if self.turned else x
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_the_look_at_the_first_batch_leaves_no_trace(turned):
+    model, twin = Odd(turned), Odd(turned)
+    twin.load_state_dict(model.state_dict())
+    optimizer = create_fngd_optimizer(model, lr=0.0, share="none")
+    x = torch.randn(BATCH, BATCH, 4)
+    given = x.clone()
+    mask = {"mask": torch.ones(BATCH, BATCH), "options": [None, "text", {"size": 3}]}
+    outs = []
+    for net in (model, twin):
+        torch.manual_seed(1)
+        if net is model:
+            optimizer.set_batch(range(BATCH))
+        outs.append(net(x, **mask))
+        outs[-1].square().sum().backward()
+        outs.append(torch.rand(3))
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+    assert torch.equal(x, given) and model.training and model.drop.training
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert optimizer.batches.left_out == ({"inner"} if turned else set())
+    assert not model._forward_pre_hooks
+    sure = dict(
+        zip(optimizer.layer_names, [one.rows_are_sure for one in optimizer.layers], strict=True)
+    )
+    assert sure == {"first": True, "inner": not turned}
+
+
+def test_a_model_that_cannot_be_asked_trains():
+    class Fragile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            if not self.training:
+                raise RuntimeError("no evaluation")
+            return self.linear(x)
+
+    model = Fragile()
+    optimizer = create_fngd_optimizer(model, lr=0.1, share="none")
+    for positions in (BATCH, 2):
+        optimizer.set_batch(range(BATCH))
+        model(torch.randn(BATCH, positions, 4)).square().mean().backward()
+        optimizer.step()
+    assert model.training and optimizer.layers[0].rows_are_sure
 
 
 def test_the_decision_is_resumed():

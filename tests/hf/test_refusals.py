@@ -152,7 +152,7 @@ def test_wrong_number_of_samples_is_told_once(caplog):
         optimizer.set_batch(range(3))
         model(torch.ones(4, 2)).sum().backward()
         optimizer.step()
-    assert caplog.text.count("all layers are left out, so there is no natural gradient") == 1
+    assert caplog.text.count("all layers have the plain gradient") == 1
     assert "announce as many samples as the batch has rows" in caplog.text
 
 
