@@ -13,7 +13,7 @@ Every one of them has a default, with which the optimizer is its plain update ru
 
 from __future__ import annotations
 
-import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -21,12 +21,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_fngd import capture
+from hf_fngd import capture, states
 from hf_fngd.capture import Batch, Batches, LayerMethod
-from hf_fngd.config import OptimizerConfig
+from hf_fngd.config import OptimizerConfig, refuse_arguments_of_torch
 from hf_fngd.errors import FNGDError, check_number
 from hf_fngd.layers.selection import divide, select_layers
-from hf_fngd.rules import apply_rule
+from hf_fngd.rules import apply_rule, working_dtype
+
+logger = logging.getLogger(__name__)
 
 
 class LayerOptimizer(torch.optim.Optimizer):
@@ -80,8 +82,9 @@ class LayerOptimizer(torch.optim.Optimizer):
                 f"{type(config).__name__}"
             )
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not isinstance(value, Tensor):
-                check_number(name, value, False, {"at least": 0})
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            check_number(name, value, False, {"at least": 0})
         self.config = config
         self.selection = select_layers(module, config.target_modules, config.exclude_modules)
         self.layer_names = list(self.selection.chosen)
@@ -113,6 +116,33 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def set_up(self, module: nn.Module) -> None:
         """Make the method's own state, before the layers' halves; settings and layers are known."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it is divided as those of the constructor are.
+
+        Args:
+            param_group: Parameters under `params`, and settings that differ.
+
+        Raises:
+            FNGDError: For an argument that only torch's optimizers have.
+        """
+        if isinstance(param_group, dict):
+            refuse_arguments_of_torch(param_group)
+        if not isinstance(param_group, dict) or "rule" in param_group:
+            super().add_param_group(param_group)
+            return
+        rule, other_lr = self.config.update_rule, self.config.other_lr
+        before = len(self.param_groups)
+        for group in divide([param_group], self.selection, rule, other_lr):
+            super().add_param_group(group)
+        chosen = {id(p) for p in self.selection.parameters()}
+        added = [p for group in self.param_groups[before:] for p in group["params"]]
+        if any(p.dim() > 1 and id(p) not in chosen for p in added):
+            logger.warning(
+                "%s: AdamW updates weights that were added now, since layers are selected when the "
+                "optimizer is made: make the optimizer anew to select more of them",
+                self.config.title,
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise FNGDError(
@@ -317,17 +347,19 @@ class LayerOptimizer(torch.optim.Optimizer):
         Returns:
             Only tensors and builtins, readable with `torch.load(weights_only=True)`.
         """
-        state = super().state_dict()
-        state[self.method] = {
-            "config": self.config.to_dict(),
-            "layers": self.layer_names,
-            "steps": self.steps,
-            **self.method_state(),
-        }
-        return state
+
+        def add(_: Any, state: dict[str, Any]) -> None:
+            states.add(self, state)
+
+        # Before the user's hooks, which see all of it.
+        handle = self.register_state_dict_post_hook(add, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; moments keep their saved precision, whatever the parameters'.
+        """Restore a state, in the precision of updates: float32 under bf16 and fp16 parameters.
 
         Args:
             state_dict: The result of `state_dict`.
@@ -336,55 +368,37 @@ class LayerOptimizer(torch.optim.Optimizer):
             FNGDError: If the state belongs to another optimizer, another version of the package,
                 other settings, other layers or other data.
         """
-        saved = state_dict.get(self.method)
-        if not isinstance(saved, dict) or not {"config", "layers"} <= saved.keys():
-            raise FNGDError(
-                f"the checkpoint's optimizer state is not {self.config.title}'s: resume with the "
-                "optimizer that wrote it, or start without the checkpoint"
-            )
-        self._check_settings(saved["config"])
-        if saved["layers"] != self.layer_names:
-            different = sorted(set(saved["layers"]) ^ set(self.layer_names))
-            raise FNGDError(
-                f"the checkpoint was written with other selected layers (differing: "
-                f"{', '.join(different[:5]) or 'their order'}): resume with the same "
-                "target_modules and exclude_modules, or start without the checkpoint"
-            )
-        plain = {k: v for k, v in state_dict.items() if k != self.method}
-        try:
-            steps = saved["steps"]
-            self.load_method_state(saved)
-            super().load_state_dict(copy.copy(plain))
+        plain: dict[str, Any] = {}
+
+        def take(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+            rest, saved, steps = states.take(self, state)
+            try:
+                self.load_method_state(saved)
+            except KeyError as missing:
+                raise FNGDError(states.other_version(f"no {missing} in its state")) from None
             self.steps = steps
-        except KeyError as missing:
-            raise FNGDError(_other_version(f"no {missing} in its optimizer state")) from None
-        # torch casts moments to the parameter's dtype; put the saved ones back.
-        members = [p for group in self.param_groups for p in group["params"]]
-        order = [i for group in plain["param_groups"] for i in group["params"]]
-        for number, param in zip(order, members, strict=True):
-            for key, value in plain["state"].get(number, {}).items():
-                device = "cpu" if key == "step" else param.device
-                self.state[param][key] = value.detach().clone().to(device)
+            plain.update(rest)
+            return plain
 
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        known = self.config.to_dict()
-        gone = sorted(saved.keys() - known.keys())
-        if gone:
-            raise FNGDError(_other_version(f"a setting {gone[0]}"))
-        for name in self.config.resumed_fields():
-            old, new = saved.get(name), known[name]
-            if old != new:
-                raise FNGDError(
-                    f"the checkpoint was written with {name}={old}, this run has {name}={new}: "
-                    "resume with the same settings, or start without the checkpoint"
-                )
+        def put_back(_: Any) -> None:
+            # torch has cast moments to the parameter's own dtype.
+            members = [p for group in self.param_groups for p in group["params"]]
+            order = [i for group in plain["param_groups"] for i in group["params"]]
+            for number, param in zip(order, members, strict=True):
+                for key, value in plain["state"].get(number, {}).items():
+                    value = torch.as_tensor(value).detach().clone()
+                    if key != "step":
+                        value = value.to(param.device, working_dtype(param))
+                    self.state[param][key] = value
 
-
-def _other_version(sign: str) -> str:
-    return (
-        f"the checkpoint was written by another version of hf_fngd (it has {sign}): resume with "
-        "that version, or start without the checkpoint"
-    )
+        # Between the user's hooks.
+        first = self.register_load_state_dict_pre_hook(take)
+        last = self.register_load_state_dict_post_hook(put_back, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
+            last.remove()
 
 
 def _detach(captured: list[tuple[nn.Module, LayerMethod]]) -> None:

@@ -241,8 +241,12 @@ class PreconditionedOptimizer(LayerOptimizer):
         like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
         with self.clock.timer(like.device):
             ranks.average([tensor for layer in self.layers for tensor in layer.statistics(like)])
+            found = any(layer.found() for layer in self.layers)
             failed = sum(not layer.update(self.steps) for layer in self.layers)
         self.nonfinite += failed
+        if not found:
+            # A step without a batch, as torch.distributed.checkpoint makes with a new optimizer.
+            return
         self.updates += 1
         self.last_size = self.seen
         # Curvature that is kept for long is worth another try at once.
@@ -294,7 +298,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             ):
                 # Counts stay on the CPU.
                 layer.state = {
-                    name: value.clone() if value.dim() == 0 else value.clone().to(weight.device)
+                    name: value.clone() if value.dim() == 0 else _moved(value.clone(), weight)
                     for name, value in tensors.items()
                 }
         self.batches.active = saved["steps"] >= self.next_update
@@ -329,6 +333,12 @@ def kl_scale(
     # Not stacked: layers may differ in precision and device.
     scale = (bound / sum(changes, torch.zeros(()))).sqrt().clamp(max=1.0)
     return torch.where(scale.isnan(), 0.0, scale)
+
+
+def _moved(value: Tensor, weight: Tensor) -> Tensor:
+    """Bring a loaded tensor to a weight's device, and numbers to the precision of its curvature."""
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    return value.to(weight.device, precise if value.is_floating_point() else value.dtype)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
