@@ -88,6 +88,18 @@ def _rms_sgd(
         param.addcmul_(update, -length / (norm + _RMS_EPSILON))
 
 
+def _may_fuse(param: Tensor, grad: Tensor, buffers: tuple[Tensor, Tensor]) -> bool:
+    """Return whether AdamW's fused kernel is right; elsewhere torch chooses.
+
+    On a CPU it goes through memory whatever the strides; on a GPU it wants the step counts there.
+    """
+    dense = param.is_contiguous() or (
+        param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last)
+    )
+    alike = all(other.stride() == param.stride() for other in (grad, *buffers))
+    return param.device.type == "cpu" and not param.is_complex() and dense and alike
+
+
 def adamw_rule(
     params: list[Tensor],
     grads: list[Tensor],
@@ -100,11 +112,13 @@ def adamw_rule(
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
+    buffers = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+    fused = all(map(_may_fuse, params, grads, buffers))
     adamw(
         params,
         grads,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [first for first, _ in buffers],
+        [second for _, second in buffers],
         [],
         [state["step"] for state in states],
         amsgrad=False,
@@ -115,8 +129,7 @@ def adamw_rule(
         eps=group["eps"],
         maximize=False,
         foreach=None,
-        # Elsewhere torch chooses: the fused kernel wants the step counts on the device, too.
-        fused=all(p.device.type == "cpu" and not p.is_complex() for p in params) or None,
+        fused=fused or None,
     )
 
 
