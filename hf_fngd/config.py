@@ -30,7 +30,7 @@ _OF_TORCH = {
     "adjust_lr_fn": "set update_scale=rms for Muon's match_rms_adamw",
     "amsgrad": "AdamW keeps its usual second moment, so leave it out",
     "betas": "set adam_beta1 and adam_beta2",
-    "capturable": "a step cannot be part of a CUDA graph, so capture forward and backward only",
+    "capturable": "a step cannot be part of a CUDA graph, so leave it out",
     "dampening": "momentum is not dampened, so leave it out",
     "differentiable": "no gradient passes through a step, so leave it out",
     "eps": "set adam_epsilon",

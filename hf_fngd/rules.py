@@ -93,11 +93,12 @@ def _may_fuse(param: Tensor, grad: Tensor, buffers: tuple[Tensor, Tensor]) -> bo
 
     On a CPU it goes through memory whatever the strides; on a GPU it wants the step counts there.
     """
+    if param.device.type != "cpu" or param.is_complex():
+        return False
     dense = param.is_contiguous() or (
         param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last)
     )
-    alike = all(other.stride() == param.stride() for other in (grad, *buffers))
-    return param.device.type == "cpu" and not param.is_complex() and dense and alike
+    return dense and all(other.stride() == param.stride() for other in (grad, *buffers))
 
 
 def adamw_rule(

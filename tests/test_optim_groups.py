@@ -13,7 +13,18 @@ from torch.optim.optimizer import (
 
 from hf_fngd import FNGDError
 from hf_fngd.methods import METHODS
-from tests.optim_rows import LR, ROWS, SAMPLES, equal, give_gradients, make, network, torchs, train
+from tests.optim_rows import (
+    LR,
+    ROWS,
+    RULES,
+    SAMPLES,
+    equal,
+    give_gradients,
+    make,
+    network,
+    torchs,
+    train,
+)
 
 every_row = pytest.mark.parametrize("row", ROWS)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -218,3 +229,18 @@ def test_accelerate_wraps_an_optimizer(row):
     assert wrapped.defaults.items() >= plain.defaults.items()
     wrapped.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert own.param_groups[-1]["rule"] == "adamw"
+
+
+@pytest.mark.feature("torch.optim: `torch.compile` of a step", "works", "breaks the graph")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+@pytest.mark.parametrize("row", ["fngd-sgd", "kfac-adamw", "plain-muon"])
+def test_a_compiled_step_is_the_same(row):
+    torch.compiler.reset()
+    model, twin = network(), network()
+    first, second = make(model, row), make(twin, row)
+    step = torch.compile(first.step, backend="eager")
+    for number in range(3):
+        give_gradients(model, twin, seed=number)
+        step(), second.step()
+    equal(twin, model)
+    assert first.steps == second.steps == 3
