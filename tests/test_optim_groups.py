@@ -16,7 +16,6 @@ from hf_fngd.methods import METHODS
 from tests.optim_rows import (
     LR,
     ROWS,
-    RULES,
     SAMPLES,
     equal,
     give_gradients,
