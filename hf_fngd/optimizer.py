@@ -375,7 +375,9 @@ class LayerOptimizer(torch.optim.Optimizer):
             try:
                 self.load_method_state(saved)
             except KeyError as missing:
-                raise FNGDError(states.other_version(f"no {missing} in its state")) from None
+                raise FNGDError(
+                    states.other_version(f"no {missing} in its optimizer state")
+                ) from None
             self.steps = steps
             plain.update(rest)
             return plain
@@ -386,10 +388,11 @@ class LayerOptimizer(torch.optim.Optimizer):
             order = [i for group in plain["param_groups"] for i in group["params"]]
             for number, param in zip(order, members, strict=True):
                 for key, value in plain["state"].get(number, {}).items():
-                    value = torch.as_tensor(value).detach().clone()
-                    if key != "step":
-                        value = value.to(param.device, working_dtype(param))
-                    self.state[param][key] = value
+                    counts = key == "step"
+                    device = "cpu" if counts else param.device
+                    dtype = torch.float32 if counts else working_dtype(param)
+                    value = torch.as_tensor(value, dtype=dtype, device=device)
+                    self.state[param][key] = value.detach().clone()
 
         # Between the user's hooks.
         first = self.register_load_state_dict_pre_hook(take)

@@ -27,8 +27,7 @@ class Whole(bytes):
     content: dict[str, Any]
 
     def __new__(cls, content: dict[str, Any]) -> Whole:  # noqa: D102
-        # Not empty, since an empty value would pass for none.
-        whole = super().__new__(cls, b"state")
+        whole = super().__new__(cls)
         whole.content = content
         return whole
 
@@ -94,8 +93,9 @@ def take(optimizer: Any, state: dict[str, Any]) -> tuple[dict[str, Any], dict[st
             f"{', '.join(different[:5]) or 'their order'}): resume with the same "
             "target_modules and exclude_modules, or start without the checkpoint"
         )
-    if "steps" not in saved:
-        raise FNGDError(other_version("no 'steps' in its optimizer state"))
+    for part, name in ((saved, "steps"), (state, "state"), (state, "param_groups")):
+        if name not in part:
+            raise FNGDError(other_version(f"no {name!r} in its optimizer state"))
     # torch itself adds `differentiable`, which no rule reads.
     wanted = {"rule", *optimizer.defaults} - {"differentiable"}
     for group in rest["param_groups"]:

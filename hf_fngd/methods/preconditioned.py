@@ -27,6 +27,7 @@ from hf_fngd.methods.counters import Stopwatch
 from hf_fngd.methods.curvature import LayerCurvature, join
 from hf_fngd.methods.fisher_labels import FisherLabels
 from hf_fngd.optimizer import LayerOptimizer
+from hf_fngd.rules import working_dtype
 
 logger = logging.getLogger(__name__)
 # The part of a checkpoint, beside the curvature.
@@ -337,8 +338,8 @@ def kl_scale(
 
 def _moved(value: Tensor, weight: Tensor) -> Tensor:
     """Bring a loaded tensor to a weight's device, and numbers to the precision of its curvature."""
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    return value.to(weight.device, precise if value.is_floating_point() else value.dtype)
+    dtype = working_dtype(weight) if value.is_floating_point() else value.dtype
+    return value.to(weight.device, dtype)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
