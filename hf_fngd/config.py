@@ -24,8 +24,25 @@ _EXACT_GRAM = (
     "seed)"
 )
 _NO_CURVATURE = "the plain update rules have no curvature to damp"
+_KERNELS = "torch chooses the fastest kernels by itself, so leave it out"
+# Arguments of torch's optimizers, and what to do instead.
+_OF_TORCH = {
+    "adjust_lr_fn": "set update_scale=rms for Muon's match_rms_adamw",
+    "amsgrad": "AdamW keeps its usual second moment, so leave it out",
+    "betas": "set adam_beta1 and adam_beta2",
+    "capturable": "a step cannot be part of a CUDA graph, so leave it out",
+    "dampening": "momentum is not dampened, so leave it out",
+    "differentiable": "no gradient passes through a step, so leave it out",
+    "eps": "set adam_epsilon",
+    "foreach": _KERNELS,
+    "fused": _KERNELS,
+    "maximize": "negate the loss",
+    "nesterov": "Nesterov momentum is on with update_rule=muon and off with sgd",
+    "ns_coefficients": "Muon has torch's default, so leave it out",
+    "ns_steps": "Muon has torch's default, so leave it out",
+}
 # Settings and values of earlier versions, or of other methods, and why they are not there.
-_REMOVED = {
+_REMOVED = _OF_TORCH | {
     "collect_from": _ONE_EPOCH,
     "collect_epochs": _ONE_EPOCH,
     "collect_every": _ONE_EPOCH,
@@ -37,7 +54,6 @@ _REMOVED = {
     "gram_inputs": _EXACT_GRAM,
     "gram_outputs": _EXACT_GRAM,
     "gram_route": "the route with fewer operations is always taken",
-    "nesterov": "Nesterov momentum is on with update_rule=muon and off with sgd",
     "num_samples": "the Trainer counts the rows; a plain loop may call optimizer.bind_dataset",
     "reference_sketch": "sketches are always unbiased",
     "big_product": "big layers always take the paper's product of sums",
@@ -93,6 +109,20 @@ def damping(default: float) -> Any:
         above=0.0,
         resumed=True,
     )
+
+
+def refuse_arguments_of_torch(group: Mapping[str, Any]) -> None:
+    """Refuse a parameter group that asks for what only torch's optimizers have.
+
+    Args:
+        group: The group; an argument that is off is no request.
+
+    Raises:
+        FNGDError: For the first such argument.
+    """
+    for name, advice in _OF_TORCH.items():
+        if name not in ("betas", "eps") and group.get(name):
+            raise FNGDError(f"{name} is not a setting of a parameter group: {advice}")
 
 
 def _kinds(config: Any) -> dict[str, tuple[set[Any], bool]]:

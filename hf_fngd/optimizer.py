@@ -13,7 +13,7 @@ Every one of them has a default, with which the optimizer is its plain update ru
 
 from __future__ import annotations
 
-import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -22,18 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_fngd import capture
+from hf_fngd import capture, states
 from hf_fngd.capture import Batch, Batches, LayerMethod
-from hf_fngd.config import OptimizerConfig
+from hf_fngd.config import OptimizerConfig, refuse_arguments_of_torch
 from hf_fngd.errors import FNGDError, check_number
 from hf_fngd.layers.selection import divide, select_layers
-from hf_fngd.rules import apply_rule, step_device
+from hf_fngd.rules import apply_rule, step_device, working_dtype
 from hf_fngd.scale import GradientScale
 
-# What training has shown about a layer (`LayerMethod`), the same after a resume.
-_DECISIONS = ("left_out", "rows_are_sure")
-
-
+logger = logging.getLogger(__name__)
 # Optimizers whose layers have weighted gradients now.
 _attached: weakref.WeakSet[LayerOptimizer] = weakref.WeakSet()
 
@@ -91,8 +88,9 @@ class LayerOptimizer(torch.optim.Optimizer):
                 f"{type(config).__name__}"
             )
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not isinstance(value, Tensor):
-                check_number(name, value, False, {"at least": 0})
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            check_number(name, value, False, {"at least": 0})
         self.config = config
         self.selection = select_layers(module, config.target_modules, config.exclude_modules)
         self.layer_names = list(self.selection.chosen)
@@ -125,6 +123,33 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def set_up(self, module: nn.Module) -> None:
         """Make the method's own state, before the layers' halves; settings and layers are known."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it is divided as those of the constructor are.
+
+        Args:
+            param_group: Parameters under `params`, and settings that differ.
+
+        Raises:
+            FNGDError: For an argument that only torch's optimizers have.
+        """
+        if isinstance(param_group, dict):
+            refuse_arguments_of_torch(param_group)
+        if not isinstance(param_group, dict) or "rule" in param_group:
+            super().add_param_group(param_group)
+            return
+        rule, other_lr = self.config.update_rule, self.config.other_lr
+        before = len(self.param_groups)
+        for group in divide([param_group], self.selection, rule, other_lr):
+            super().add_param_group(group)
+        chosen = {id(p) for p in self.selection.parameters()}
+        added = [p for group in self.param_groups[before:] for p in group["params"]]
+        if any(p.dim() > 1 and id(p) not in chosen for p in added):
+            logger.warning(
+                "%s: AdamW updates weights that were added now, since layers are selected when the "
+                "optimizer is made: make the optimizer anew to select more of them",
+                self.config.title,
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise FNGDError(
@@ -309,13 +334,27 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _find_missed(self) -> None:
         """Leave out the layers whose gradient did not come through their forward pass."""
-        for layer in self.layers if self.batches.active else ():
-            grad = getattr(layer.parameters()[0], "grad", None)
-            if not (layer.delivered or layer.left_out) and grad is not None and bool(grad.any()):
-                layer.leave_out(
-                    "its gradient does not come through its forward pass, which something else "
-                    "has replaced"
-                )
+        if not self.batches.active:
+            return
+        missed = [
+            layer
+            for layer in self.layers
+            if not (layer.delivered or layer.left_out)
+            and (grad := getattr(layer.parameters()[0], "grad", None)) is not None
+            and bool(grad.any())
+        ]
+        if missed and not any(layer.delivered for layer in self.layers):
+            # Gradients may be given by hand.
+            self.batches.warn_once(
+                "no layer", "had a gradient that came through its forward pass in this step"
+            )
+            return
+        for layer in missed:
+            layer.leave_out(
+                "its gradient does not come through its forward pass, which something else has "
+                "replaced"
+            )
+        for layer in self.layers:
             layer.delivered = False
 
     def precondition(self) -> None:
@@ -365,18 +404,19 @@ class LayerOptimizer(torch.optim.Optimizer):
         Returns:
             Only tensors and builtins, readable with `torch.load(weights_only=True)`.
         """
-        state = super().state_dict()
-        state[self.method] = {
-            "config": self.config.to_dict(),
-            "layers": self.layer_names,
-            "steps": self.steps,
-            **{what: [getattr(layer, what) for layer in self.layers] for what in _DECISIONS},
-            **self.method_state(),
-        }
-        return state
+
+        def add(_: Any, state: dict[str, Any]) -> None:
+            states.add(self, state)
+
+        # Before the user's hooks, which see all of it.
+        handle = self.register_state_dict_post_hook(add, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; moments keep their saved precision, whatever the parameters'.
+        """Restore a state, in the precision of updates: float32 under bf16 and fp16 parameters.
 
         Args:
             state_dict: The result of `state_dict`.
@@ -385,53 +425,45 @@ class LayerOptimizer(torch.optim.Optimizer):
             FNGDError: If the state belongs to another optimizer, another version of the package,
                 other settings, other layers or other data.
         """
-        saved = state_dict.get(self.method)
-        if not isinstance(saved, dict) or not {"config", "layers"} <= saved.keys():
-            raise FNGDError(
-                f"the checkpoint's optimizer state is not {self.config.title}'s: resume with the "
-                "optimizer that wrote it, or start without the checkpoint"
-            )
-        self._check_settings(saved["config"])
-        if saved["layers"] != self.layer_names:
-            different = sorted(set(saved["layers"]) ^ set(self.layer_names))
-            raise FNGDError(
-                f"the checkpoint was written with other selected layers (differing: "
-                f"{', '.join(different[:5]) or 'their order'}): resume with the same "
-                "target_modules and exclude_modules, or start without the checkpoint"
-            )
-        plain = {k: v for k, v in state_dict.items() if k != self.method}
-        try:
-            steps = saved["steps"]
-            for what in _DECISIONS:
-                for layer, known in zip(self.layers, saved[what], strict=True):
-                    setattr(layer, what, known)
-                    layer.skipped = layer.left_out
-            self.batches.left_out = {layer.name for layer in self.layers if layer.left_out}
-            self.load_method_state(saved)
-            super().load_state_dict(copy.copy(plain))
-            self.steps = steps
-        except KeyError as missing:
-            raise FNGDError(_other_version(f"no {missing} in its optimizer state")) from None
-        # torch casts moments to the parameter's dtype; put the saved ones back.
-        members = [p for group in self.param_groups for p in group["params"]]
-        order = [i for group in plain["param_groups"] for i in group["params"]]
-        for number, param in zip(order, members, strict=True):
-            for key, value in plain["state"].get(number, {}).items():
-                device = step_device(param) if key == "step" else param.device
-                self.state[param][key] = value.detach().clone().to(device)
+        plain: dict[str, Any] = {}
 
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        known = self.config.to_dict()
-        gone = sorted(saved.keys() - known.keys())
-        if gone:
-            raise FNGDError(_other_version(f"a setting {gone[0]}"))
-        for name in self.config.resumed_fields():
-            old, new = saved.get(name), known[name]
-            if old != new:
+        def take(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+            rest, saved, steps = states.take(self, state)
+            try:
+                for what in states.DECISIONS:
+                    for layer, known in zip(self.layers, saved[what], strict=True):
+                        setattr(layer, what, known)
+                        layer.skipped = layer.left_out
+                self.batches.left_out = {one.name for one in self.layers if one.left_out}
+                self.load_method_state(saved)
+            except KeyError as missing:
                 raise FNGDError(
-                    f"the checkpoint was written with {name}={old}, this run has {name}={new}: "
-                    "resume with the same settings, or start without the checkpoint"
-                )
+                    states.other_version(f"no {missing} in its optimizer state")
+                ) from None
+            self.steps = steps
+            plain.update(rest)
+            return plain
+
+        def put_back(_: Any) -> None:
+            # torch has cast moments to the parameter's own dtype.
+            members = [p for group in self.param_groups for p in group["params"]]
+            order = [i for group in plain["param_groups"] for i in group["params"]]
+            for number, param in zip(order, members, strict=True):
+                for key, value in plain["state"].get(number, {}).items():
+                    counts = key == "step"
+                    device = step_device(param) if counts else param.device
+                    dtype = torch.float32 if counts else working_dtype(param)
+                    value = torch.as_tensor(value, dtype=dtype, device=device)
+                    self.state[param][key] = value.detach().clone()
+
+        # Between the user's hooks.
+        first = self.register_load_state_dict_pre_hook(take)
+        last = self.register_load_state_dict_post_hook(put_back, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
+            last.remove()
 
 
 class _FirstLook:
@@ -470,13 +502,6 @@ def _refuse_foreign(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
                     f"which are not for {type(optimizer).__name__}: call detach() of the "
                     f"{owner.config.title} optimizer, and compute the gradients anew"
                 )
-
-
-def _other_version(sign: str) -> str:
-    return (
-        f"the checkpoint was written by another version of hf_fngd (it has {sign}): resume with "
-        "that version, or start without the checkpoint"
-    )
 
 
 def _detach(captured: list[tuple[nn.Module, LayerMethod]]) -> None:

@@ -7,6 +7,7 @@ is kept in float32 under bf16 and fp16 parameters.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,11 @@ _RMS_EPSILON = 1e-12
 Rule = Callable[[list[Tensor], list[Tensor], list[dict[str, Any]], dict[str, Any]], None]
 
 
+def _momentum(group: dict[str, Any]) -> Any:
+    """Return the momentum; OneCycleLR and CyclicLR move that of all groups in `betas`."""
+    return group["betas"][0] if "max_momentum" in group else group["momentum"]
+
+
 def sgd_rule(
     params: list[Tensor],
     grads: list[Tensor],
@@ -33,7 +39,8 @@ def sgd_rule(
 ) -> None:
     """Step by SGD with momentum; `update_scale="rms"` sets the RMS of each tensor's update."""
     if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        factor = 1 - group["lr"] * group["weight_decay"]
+        torch._foreach_mul_(params, factor.view(()) if isinstance(factor, Tensor) else factor)
     if group["update_scale"] == "rms":
         parts: dict[Any, list[int]] = {}
         for i, param in enumerate(params):
@@ -50,7 +57,7 @@ def sgd_rule(
         grads,
         buffers,
         weight_decay=0.0,
-        momentum=group["momentum"],
+        momentum=_momentum(group),
         lr=group["lr"],
         dampening=0,
         nesterov=False,
@@ -68,7 +75,7 @@ def _rms_sgd(
     states: list[dict[str, Any]],
     group: dict[str, Any],
 ) -> None:
-    updates, momentum = grads, group["momentum"]
+    updates, momentum = grads, _momentum(group)
     if momentum:
         for grad, state in zip(grads, states, strict=True):
             if "momentum_buffer" not in state:
@@ -88,13 +95,23 @@ def _rms_sgd(
         param.addcmul_(update, factor)
 
 
-def _has_fused_adamw(param: Tensor) -> bool:
-    return param.device.type in ("cpu", "cuda") and param.is_floating_point()
-
-
 def step_device(param: Tensor) -> torch.device:
-    """Return where AdamW counts the steps of a parameter: its fused kernel needs them beside it."""
-    return param.device if _has_fused_adamw(param) else torch.device("cpu")
+    """Return where AdamW counts the steps of a parameter: fused kernels need them on the GPU."""
+    on_gpu = param.device.type == "cuda" and param.is_floating_point()
+    return param.device if on_gpu else torch.device("cpu")
+
+
+def _may_fuse(param: Tensor, grad: Tensor, buffers: tuple[Tensor, Tensor]) -> bool:
+    """Return whether AdamW's fused kernel is right; elsewhere torch chooses.
+
+    It goes through memory whatever the strides.
+    """
+    if param.device.type not in ("cpu", "cuda") or param.is_complex():
+        return False
+    dense = param.is_contiguous() or (
+        param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last)
+    )
+    return dense and all(other.stride() == param.stride() for other in (grad, *buffers))
 
 
 def adamw_rule(
@@ -109,11 +126,13 @@ def adamw_rule(
             state["step"] = torch.zeros((), dtype=torch.float32, device=step_device(param))
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
+    buffers = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+    fused = all(map(_may_fuse, params, grads, buffers))
     adamw(
         params,
         grads,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [first for first, _ in buffers],
+        [second for _, second in buffers],
         [],
         [state["step"] for state in states],
         amsgrad=False,
@@ -124,7 +143,9 @@ def adamw_rule(
         eps=group["eps"],
         maximize=False,
         foreach=None,
-        fused=all(map(_has_fused_adamw, params)) or None,
+        fused=fused or None,
+        # Steps that are counted on the GPU, for kernels that are not fused.
+        capturable=not fused and states[0]["step"].device.type == "cuda",
     )
 
 
@@ -137,13 +158,14 @@ def muon_rule(
     """Step by Muon, with Nesterov momentum; a convolution's weight is a matrix `[d_out, rest]`."""
     # Not always views: a channels-last weight is copied, and written back below.
     flat = [p.detach().reshape(len(p), -1) for p in params]
+    momentum = _momentum(group)
     # The functional form is private in torch and its arguments change, the class is not.
     muon = torch.optim.Muon(
         flat,
         lr=group["lr"],
         weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        nesterov=group["momentum"] > 0,
+        momentum=momentum,
+        nesterov=momentum > 0,
         adjust_lr_fn="match_rms_adamw" if group["update_scale"] == "rms" else "original",
     )
     for matrix, grad, state in zip(flat, grads, states, strict=True):
@@ -151,13 +173,19 @@ def muon_rule(
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
         muon.state[matrix] = state
-    muon.step()
+    # Hooks of steps are for the optimizer that the user has made.
+    inspect.unwrap(type(muon).step)(muon)
     for param, matrix in zip(params, flat, strict=True):
         if matrix.data_ptr() != param.data_ptr():
             param.copy_(matrix.view_as(param))
 
 
 RULES: dict[str, Rule] = {"sgd": sgd_rule, "adamw": adamw_rule, "muon": muon_rule}
+
+
+def working_dtype(param: Tensor) -> torch.dtype:
+    """Return the precision of a parameter's update and of its state."""
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def apply_rule(
@@ -182,10 +210,9 @@ def apply_rule(
             "a parameter has a sparse gradient, which these update rules cannot take: make its "
             "embedding with sparse=False"
         )
-    low = [p.dtype in (torch.bfloat16, torch.float16) for p in params]
-    work = [p.float() if is_low else p for p, is_low in zip(params, low, strict=True)]
+    work = [p.to(working_dtype(p)) for p in params]
     grads = [p.grad.to(w.dtype) for p, w in zip(params, work, strict=True) if p.grad is not None]
     RULES[rule](work, grads, states, group)
-    for param, result, is_low in zip(params, work, low, strict=True):
-        if is_low:
+    for param, result in zip(params, work, strict=True):
+        if result.dtype != param.dtype:
             param.copy_(result)

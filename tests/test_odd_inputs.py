@@ -153,25 +153,3 @@ def test_a_weight_out_of_use_stands_still(method):
     step(1.0)
     moved = (net[0].weight - before).square().mean().sqrt()
     torch.testing.assert_close(moved, torch.tensor(0.2 * 1e-2), rtol=1e-4, atol=0)
-
-
-@pytest.mark.feature("Accumulation and GradScaler in a plain loop", "works", "`set_loss_scale`")
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "plain"])
-def test_a_loop_says_how_its_loss_was_scaled(method):
-    x, y = torch.randn(8, 6).repeat(4, 1), torch.randint(0, 3, (8,)).repeat(4)
-    start = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    found = []
-    for parts, scale in ((1, 1.0), (4, 1.0), (1, 2.0**10), (4, 2.0**10)):
-        net = copy.deepcopy(start)
-        own = {"kl_clip": 1e-2, "fisher_labels": "empirical"} if method != "fngd" else {}
-        settings = {"damping": 1e-2, "damping_mode": "absolute", "momentum": 0.0}
-        optimizer = make(net, method, update_scale="none", **settings | own)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
-        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            optimizer.set_batch(range(len(xs)))
-            optimizer.set_loss_scale(parts, scaler.get_scale())
-            scaler.scale(nn.functional.cross_entropy(net(xs), ys) / parts).backward()
-        scaler.step(optimizer)
-        found.append(net[0].weight - start[0].weight)
-    for one in found[1:]:
-        torch.testing.assert_close(one, found[0], rtol=1e-3, atol=1e-6)

@@ -28,6 +28,10 @@ class Selection:
     chosen: dict[str, tuple[nn.Module, LayerType]] = field(default_factory=dict)
     left_out: dict[str, tuple[str, str]] = field(default_factory=dict)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the chosen layers."""
+        return [p for m, _ in self.chosen.values() for p in m.parameters(recurse=False)]
+
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return path, type, weight shape, and `chosen` or the reason, for each layer."""
         rows = [
@@ -157,6 +161,8 @@ def _unsuitable(
         return f"weight shared with {shared[0]}"
     if weight is None or not weight.requires_grad:
         return "frozen"
+    if weight.is_complex():
+        return "complex weight"
     return None
 
 
@@ -224,13 +230,15 @@ def divide(
 
     Returns:
         Groups, those of selected weights first, each with its `rule`.
+
+    Raises:
+        TypeError: For a single tensor, or a set.
     """
-    selected = {
-        id(p)
-        for module, _ in selection.chosen.values()
-        for p in module.parameters(recurse=False)
-        if rule != "muon" or p.dim() > 1
-    }
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "params must be parameters or parameter groups, not one tensor: give a list"
+        )
+    selected = {id(p) for p in selection.parameters() if rule != "muon" or p.dim() > 1}
     groups = list(params)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
@@ -238,6 +246,8 @@ def divide(
     first, second = [], []
     for group in groups:
         members = group["params"]
+        if isinstance(members, set):
+            raise TypeError("parameters need an order that is always the same: give a list, no set")
         members = [members] if isinstance(members, Tensor) else list(members)
         # torch takes parameters, or pairs of name and parameter.
         chosen = [id(p[1] if isinstance(p, tuple) else p) in selected for p in members]

@@ -135,6 +135,10 @@ class LayerCurvature(LayerMethod, ABC):
         """
         return []
 
+    def found(self) -> bool:
+        """Return whether any rank has observed what can be used; the same on every rank."""
+        return True
+
     @abstractmethod
     def update(self, step: int) -> bool:
         """Turn the observations into curvature, or keep the old one.
@@ -255,6 +259,9 @@ class AveragedCurvature(LayerCurvature):
             pending = [like.new_zeros(shape) for shape in [*self.shapes(), ()]]
         self._pending = pending
         return pending
+
+    def found(self) -> bool:
+        return self._pending is not None and float(self._pending[-1]) > 0
 
     def means(self) -> list[Tensor] | None:
         """End the collection and return the averages, or None where no rank has seen anything."""

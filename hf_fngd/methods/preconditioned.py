@@ -26,6 +26,7 @@ from hf_fngd.methods.counters import Stopwatch
 from hf_fngd.methods.curvature import LayerCurvature
 from hf_fngd.methods.fisher_labels import FisherLabels
 from hf_fngd.optimizer import LayerOptimizer
+from hf_fngd.rules import working_dtype
 
 logger = logging.getLogger(__name__)
 # The part of a checkpoint, beside the curvature.
@@ -260,8 +261,12 @@ class PreconditionedOptimizer(LayerOptimizer):
             for layer, share in zip(self.layers, left_out.tolist(), strict=True):
                 if share > 0:
                     layer.leave_out("another process has left it out")
+            found = any(layer.found() for layer in self.layers)
             failed = sum(not layer.update(self.steps) for layer in self.layers)
         self.nonfinite += failed
+        if not found:
+            # A step without a batch, as torch.distributed.checkpoint makes with a new optimizer.
+            return
         self.updates += 1
         self.last_size = self.seen
         # Curvature that is kept for long is worth another try at once.
@@ -309,10 +314,12 @@ class PreconditionedOptimizer(LayerOptimizer):
             self.next_update, self.last_size = saved["steps"], 0
         else:
             for (module, layer), tensors in zip(self.captured, saved["curvature"], strict=True):
-                device = module.get_parameter("weight").device
+                weight = module.get_parameter("weight")
                 # Counts are read at every step, and stay on the CPU.
                 layer.state = {
-                    name: value.clone().to(device if value.dim() or name == "damping" else "cpu")
+                    name: _moved(value.clone(), weight)
+                    if value.dim() or name == "damping"
+                    else value.clone().cpu()
                     for name, value in tensors.items()
                 }
         self.batches.active = saved["steps"] >= self.next_update
@@ -347,6 +354,12 @@ def kl_scale(
     # Not stacked: layers may differ in precision and device.
     scale = (bound / sum(changes, torch.zeros((), device="cpu"))).sqrt().clamp(max=1.0)
     return torch.where(scale.isnan(), 0.0, scale)
+
+
+def _moved(value: Tensor, weight: Tensor) -> Tensor:
+    """Bring a loaded tensor to a weight's device, and numbers to the precision of its curvature."""
+    dtype = working_dtype(weight) if value.is_floating_point() else value.dtype
+    return value.to(weight.device, dtype)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -7,7 +7,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +17,7 @@ from hf_fngd import FNGDSeq2SeqTrainer, create_fngd_optimizer
 from tests.hf.test_ddp import on_two_ranks
 from tests.hf_utils import arguments, make_trainer
 
-ROWS, BATCH, EPOCHS = 16, 4, 3
+ROWS, BATCH, EPOCHS, BREAK = 16, 4, 3, 3
 VARIANTS = {
     "sgd": {},
     "none": {"share": "none"},
@@ -65,13 +67,32 @@ def train_in_one(name):
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
-def train_sharded(name, rank):
+def sharded(name):
     model = build()
     for block in model[:2]:
         fully_shard(block)
     fully_shard(model)
-    optimizer = make(name, model)
-    for epoch, parts in batches():
+    return model, make(name, model)
+
+
+def through_files(name, model, optimizer, folder):
+    optimizer.synchronize()
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(parts, checkpoint_id=folder)
+    model, optimizer = sharded(name)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(parts, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"]
+    )
+    return model, optimizer
+
+
+def train_sharded(name, rank, folder=None):
+    model, optimizer = sharded(name)
+    for step, (epoch, parts) in enumerate(batches()):
+        if folder is not None and step == BREAK:
+            model, optimizer = through_files(name, model, optimizer, folder)
         optimizer.start_epoch(epoch)
         micro_batch(model, optimizer, *parts[rank], 1.0)
         optimizer.step()
@@ -90,6 +111,7 @@ def main(folder):
     for name in VARIANTS:
         try:
             found[name] = train_sharded(name, rank)
+            found[f"{name} resumed"] = train_sharded(name, rank, f"{folder}/{name}")
         except Exception as error:  # told by the test of this variant
             found[name] = f"{type(error).__name__}: {error}"
     args = arguments(folder, fsdp=True, fsdp_config={"version": 2})
@@ -122,6 +144,16 @@ def test_sharded_weights_follow_the_same_path(name, two_ranks):
             # orthogonalised shard by shard would go another way altogether.
             allowed = 0.2 if name == "muon" else 1e-10
             assert error.norm() <= allowed * (value - start[key]).norm(), key
+
+
+@pytest.mark.feature("FSDP2 with `torch.distributed.checkpoint`", "works", "with coefficients")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_checkpoint_of_shards_resumes_the_same_run(name, two_ranks):
+    for found in two_ranks:
+        assert isinstance(found[name], dict), found[name]
+        for key, value in found[f"{name} resumed"].items():
+            assert torch.equal(value, found[name][key]), key
 
 
 @pytest.mark.slow
