@@ -21,6 +21,8 @@ from hf_fngd.errors import FNGDError
 # Root mean square of a typical AdamW update (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 ADAMW_RMS = 0.2
 _RMS_EPSILON = 1e-12
+# Weights of one shape that are scaled together: at least so many, of at most so many entries.
+_MANY, _SMALL = 8, 2**18
 
 # Parameters, gradients, states and the group's hyper-parameters; the first and third change.
 Rule = Callable[[list[Tensor], list[Tensor], list[dict[str, Any]], dict[str, Any]], None]
@@ -91,8 +93,22 @@ def _rms_sgd(
         factors = [factor * length for factor, length in zip(inverse, lengths, strict=True)]
     else:
         factors = list(torch._foreach_mul(inverse.unbind(), lengths))
-    for param, update, factor in zip(params, updates, factors, strict=True):
-        param.addcmul_(update, factor)
+    _add_scaled(params, updates, factors)
+
+
+def _add_scaled(params: list[Tensor], updates: list[Tensor], factors: list[Tensor]) -> None:
+    """Add a factor times the update to each parameter; `params` have one device and dtype."""
+    alike: dict[torch.Size, list[int]] = {}
+    for i, param in enumerate(params):
+        alike.setdefault(param.shape, []).append(i)
+    for shape, members in alike.items():
+        some, theirs, scales = ([all_[i] for i in members] for all_ in (params, updates, factors))
+        if len(members) < _MANY or shape.numel() > _SMALL:
+            torch._foreach_addcmul_(some, theirs, scales)
+            continue
+        # A launch for each costs a GPU more than the copy.
+        columns = torch.stack(scales).view(-1, *[1] * len(shape))
+        torch._foreach_add_(some, list(torch.stack(theirs).mul_(columns).unbind()))
 
 
 def step_device(param: Tensor) -> torch.device:
@@ -108,10 +124,11 @@ def _may_fuse(param: Tensor, grad: Tensor, buffers: tuple[Tensor, Tensor]) -> bo
     """
     if param.device.type not in ("cpu", "cuda") or param.is_complex():
         return False
-    dense = param.is_contiguous() or (
-        param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last)
+    tensors = (param, grad, *buffers)
+    return all(map(Tensor.is_contiguous, tensors)) or (
+        param.dim() == 4
+        and all(one.is_contiguous(memory_format=torch.channels_last) for one in tensors)
     )
-    return dense and all(other.stride() == param.stride() for other in (grad, *buffers))
 
 
 def adamw_rule(
@@ -210,9 +227,14 @@ def apply_rule(
             "a parameter has a sparse gradient, which these update rules cannot take: make its "
             "embedding with sparse=False"
         )
-    work = [p.to(working_dtype(p)) for p in params]
-    grads = [p.grad.to(w.dtype) for p, w in zip(params, work, strict=True) if p.grad is not None]
+    work = [_cast(p, working_dtype(p)) for p in params]
+    grads = [_cast(p.grad, w.dtype) for p, w in zip(params, work, strict=True)]
     RULES[rule](work, grads, states, group)
     for param, result in zip(params, work, strict=True):
-        if result.dtype != param.dtype:
+        if result is not param:
             param.copy_(result)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Tensor:
+    # Tensor.to takes as long as a small operator even where it has nothing to do.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -55,10 +55,6 @@ class Batch:
         # The columns of γ in the devices and precisions in which they are needed.
         self.columns: dict[Any, tuple[Tensor, ...]] = {}
 
-    def samples(self, rows: int) -> int:
-        """Return the number of samples in a batch of so many rows."""
-        return rows if self.lengths is None else len(self.lengths)
-
 
 class Batches:
     """The open batches of one optimizer; holds neither the optimizer nor the model.
@@ -171,11 +167,11 @@ class Batches:
         Raises:
             FNGDError: If the batch was not announced and layers disagree about its size.
         """
-        rows = {call.x.shape[0] for call in calls}
+        rows = [call.x.shape[0] for call in calls]
         if batch.size is None and batch.fresh:
             batch.size, batch.first_layer = min(rows), layer.name
-        odd = [count for count in rows if batch.size not in (None, count)]
-        if odd:
+        size = batch.size
+        if size is not None and (odd := [count for count in rows if count != size]):
             if not batch.announced and layer.name != batch.first_layer:
                 raise FNGDError(
                     f"layers disagree about the batch size ({batch.first_layer}: {batch.size}, "
@@ -198,7 +194,8 @@ class Batches:
                 return False
             layer.rows_are_sure = False in square
         batch.fits.add(layer)
-        self.unfit.discard(layer.name)
+        if self.unfit:
+            self.unfit.discard(layer.name)
         return True
 
     def _settle(self, batch: Batch) -> None:

@@ -26,6 +26,7 @@ from hf_fngd.capture.layer_method import LayerMethod
 from hf_fngd.capture.watch import watch
 from hf_fngd.layers.calls import Call, sum_gradients, to_autocast
 
+_dynamo = torch._C._dynamo.eval_frame
 _ATTRIBUTE = "_fngd_layer"
 _SWAPPED: dict[type, type] = {}
 
@@ -42,31 +43,33 @@ def _skips(layer: LayerMethod, module: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _is_foreign(layer: LayerMethod, module: nn.Module, x: Tensor) -> bool:
-    """Return True if the gradient is not the parameter's; leave out what cannot be captured."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        # The gradient goes to torch.func, not to the parameter.
-        return True
-    weight = module._parameters.get("weight")
-    replaced = not isinstance(weight, nn.Parameter)
-    if torch.is_grad_enabled():
-        if replaced:
-            layer.leave_out("its weight has been replaced, as by pruning, a norm or torch.func")
-        elif weight.requires_grad and x.dim() < layer.kind.batched_dim:  # type: ignore[union-attr]
-            layer.leave_out(f"it was called with a single sample {[*x.shape]}, without a batch")
-    return replaced
-
-
 def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
     """Run a layer under capture; None if the module's own forward should run."""
-    if layer.skipped or _is_foreign(layer, module, x) or _skips(layer, module, x):
-        return None
-    batch = layer.batches.of_forward(layer, x.shape[0])
-    if batch is None:
+    if (
+        layer.skipped
+        or not torch.is_grad_enabled()
+        # The gradient goes to torch.func, not to the parameter.
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return None
     # Not get_parameter, which takes as long as a small operator.
-    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
-    bias: Tensor | None = module._parameters["bias"]
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        layer.leave_out("its weight has been replaced, as by pruning, a norm or torch.func")
+        return None
+    if not weight.requires_grad:
+        return None
+    shape = x.shape
+    if len(shape) < layer.kind.batched_dim:
+        layer.leave_out(f"it was called with a single sample {[*shape]}, without a batch")
+        return None
+    if shape[0] == 0:
+        return None
+    batch = layer.batches.of_forward(layer, shape[0])
+    if batch is None:
+        return None
+    bias = module._parameters["bias"]
     calls: list[Delivery] | None = None
     if batch.fresh:
         if layer.number not in batch.gates:
@@ -75,7 +78,7 @@ def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
             batch.gates[layer.number] = (*gate, calls)
         weight, bias, calls = batch.gates[layer.number]
     x, weight, bias = to_autocast(layer.kind.prepare(x), weight, bias)
-    return _CapturedCall.apply(x, weight, bias, layer, batch, calls)
+    return _apply_call(x, weight, bias, (layer, batch, calls))
 
 
 class _Gate(torch.autograd.Function):
@@ -119,7 +122,7 @@ def _add(grad: Tensor | None, direct: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 class _CapturedCall(torch.autograd.Function):
-    """One call of the layer."""
+    """One call of the layer; `place` is its layer, its batch, and what its gate collects."""
 
     @staticmethod
     def forward(
@@ -127,43 +130,46 @@ class _CapturedCall(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        layer: LayerMethod,
-        batch: Batch,
-        calls: list[Delivery] | None,
+        place: tuple[LayerMethod, Batch, list[Delivery] | None],
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.layer, ctx.batch, ctx.calls = layer, batch, calls
-        out = layer.kind.forward(x, weight, bias)
+        ctx.place = place
+        out = place[0].kind.forward(x, weight, bias)
         # Autograd forbids in-place activations on a Function's output that is a view.
-        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+        return out.data if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        layer, kind = ctx.layer, ctx.layer.kind
-        input_needed, _, bias, *_ = ctx.needs_input_grad
+        layer, batch, calls = ctx.place
+        kind = layer.kind
+        input_needed, _, bias, _ = ctx.needs_input_grad
         call = Call(x, g, weight)
         if torch.is_grad_enabled():
             layer.leave_out("a backward pass with create_graph=True went through it")
-        elif ctx.calls is not None:
-            grad_x = kind.input_gradient(g, x, weight) if input_needed else None
+        elif calls is not None:
             # Calls that another backward pass left behind (it failed, or was for the input's
             # gradient only) are not part of this one.
             number = backward_pass()
-            ctx.calls[:] = [one for one in ctx.calls if one[0] == number]
-            ctx.calls.append((number, call))
-            return grad_x, None, None, None, None, None
-        elif layer.takes(ctx.batch, [call]):
-            gamma = layer.weights(ctx.batch, call)
+            if calls and calls[0][0] != number:
+                calls.clear()
+            calls.append((number, call))
+            return kind.input_gradient(g, x, weight) if input_needed else None, None, None, None
+        elif layer.takes(batch, [call]):
+            gamma = layer.weights(batch, call)
             grads = kind.weighted_gradients(g, x, weight, gamma, input_needed, bias)
-            if layer in ctx.batch.odd:
+            if layer in batch.odd:
                 # Another call of this batch may turn out not to have one row a sample.
                 watch(layer, [call], grads[1:])
             else:
                 layer.weighted_alone = backward_pass()
-            return *grads, None, None, None
+            return *grads, None
         grad_x = kind.input_gradient(g, x, weight) if input_needed else None
-        return grad_x, *kind.gradients(g, x, weight, bias), None, None, None
+        return grad_x, *kind.gradients(g, x, weight, bias), None
+
+
+# Function.apply itself looks for torch.func first, which `_run` has done.
+_apply_call = super(torch.autograd.Function, _CapturedCall).apply
 
 
 class _Captured:
@@ -177,14 +183,16 @@ class _Captured:
             # Somebody kept the method of a module that has been let go.
             return _forward_of(self)(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            return _run_or_leave(self, layer, *args, **kwargs)
+            # Outside compiled models there is nothing to hide from Dynamo.
+            run = _run_or_leave if _dynamo.get_eval_frame_callback() is None else _run_apart
+            return run(self, layer, *args, **kwargs)
         inputs = (*args, *kwargs.values())
         # Not is_exporting(), which torch 2.11 takes for true in every compiled graph.
         plain = len(inputs) > 1 or torch.compiler._is_exporting_flag
         if plain or _skips(layer, self, inputs[0]):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if layer.gated or not layer.in_graph:
-            return _run_or_leave(self, layer, *args, **kwargs)
+            return _run_apart(self, layer, *args, **kwargs)
         return run_in_graph(self, layer.kind, layer.key, layer.batches.key, inputs[0])  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -200,12 +208,14 @@ def _forward_of(module: Any) -> Any:
     return next(c for c in type(module).__mro__ if not issubclass(c, _Captured)).forward  # type: ignore[attr-defined]
 
 
-# A compiled model breaks its graph here.
-@torch.compiler.disable
 def _run_or_leave(module: Any, layer: LayerMethod, *args: Tensor, **kwargs: Tensor) -> Tensor:
     inputs = (*args, *kwargs.values())
     out = _run(layer, module, inputs[0]) if len(inputs) == 1 else None
     return _forward_of(module)(module, *args, **kwargs) if out is None else out
+
+
+# A compiled model breaks its graph here.
+_run_apart = torch.compiler.disable(_run_or_leave)
 
 
 def attach(module: nn.Module, layer: LayerMethod) -> None:

@@ -47,7 +47,9 @@ def to_autocast(
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x, weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def gather_calls(

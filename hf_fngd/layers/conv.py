@@ -84,7 +84,7 @@ class Conv2d(LayerType):
 
     def scale(self, g: Tensor, gamma: Tensor) -> Tensor:
         shape = (*g.shape[2:],) if gamma.dim() == 2 else (1, 1)
-        return g * gamma.to(g.dtype).reshape(len(g), 1, *shape)
+        return g * gamma.to(g.dtype).reshape(-1, 1, *shape)
 
 
 def _padding_sides(module: nn.Conv2d) -> list[tuple[int, int]]:

@@ -37,8 +37,9 @@ class Linear(LayerType):
         return gradient.unsqueeze(0)
 
     def scale(self, g: Tensor, gamma: Tensor) -> Tensor:
-        shape = g.shape[:-1] if gamma.dim() == 2 else (g.shape[0], *[1] * (g.dim() - 2))
-        return g * gamma.to(g.dtype).reshape(*shape, 1)
+        shape = g.shape[:-1] if gamma.dim() == 2 else (-1, *[1] * (g.dim() - 2))
+        gamma = gamma.reshape(*shape, 1)
+        return g * (gamma if gamma.dtype == g.dtype else gamma.to(g.dtype))
 
 
 class Conv1D(Linear):
@@ -64,4 +65,4 @@ class Conv1D(Linear):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -111,9 +111,10 @@ class FNGDLayer(LayerMethod):
 
     def weights(self, batch: Batch, call: Call) -> Tensor:
         batch.used = True
-        samples = batch.samples(call.x.shape[0])
-        gamma = self.optimizer.columns(batch, call.g)[self.number].expand(samples)
-        return self._over_row(batch, gamma, call.g)
+        gamma = self.optimizer.columns(batch, call.g)[self.number]
+        if batch.lengths is None:
+            return gamma
+        return self._over_row(batch, gamma.expand(len(batch.lengths)), call.g)
 
     def gradients(
         self, batch: Batch, calls: list[Call], bias: bool
