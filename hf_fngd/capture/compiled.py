@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_fngd.capture.batches import backward_pass
 from hf_fngd.capture.layer_method import LayerMethod
 from hf_fngd.capture.watch import watch
-from hf_fngd.layers.calls import Call, to_autocast
+from hf_fngd.layers.calls import Call, to_autocast, without_autocast
 from hf_fngd.layers.layer_type import LayerType
 
 _layers: MutableMapping[int, LayerMethod] = weakref.WeakValueDictionary()
@@ -100,7 +100,7 @@ def _gradients(
         )
     _last_calls[layer] = present
     grads: tuple[Tensor | None, ...]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         grads = layer.gradients(batch, [call], bias)
     grads = tuple(None if grad is None else grad.to(dtype).contiguous() for grad in grads)
     watch(layer, [call], grads)

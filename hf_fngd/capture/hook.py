@@ -24,7 +24,7 @@ from hf_fngd.capture.batches import Batch, Delivery, backward_pass
 from hf_fngd.capture.compiled import register, run_in_graph
 from hf_fngd.capture.layer_method import LayerMethod
 from hf_fngd.capture.watch import watch
-from hf_fngd.layers.calls import Call, sum_gradients, to_autocast
+from hf_fngd.layers.calls import Call, sum_gradients, to_autocast, without_autocast
 
 _dynamo = torch._C._dynamo.eval_frame
 _ATTRIBUTE = "_fngd_layer"
@@ -103,22 +103,27 @@ class _Gate(torch.autograd.Function):
         ctx.batch.gates.pop(layer.number, None)
         grads: tuple[Tensor | None, ...] = (None, None)
         if calls:
-            with torch.autocast(calls[0].x.device.type, enabled=False):
-                if layer.takes(ctx.batch, calls):
+            with without_autocast(calls[0].x.device):
+                if takes := layer.takes(ctx.batch, calls):
                     grads = layer.gradients(ctx.batch, calls, ctx.bias_needed)
-                    grads = tuple(None if g is None else g.to(ctx.dtype) for g in grads)
-                    watch(layer, calls, grads)
                 else:
                     grads = sum_gradients(layer.kind, calls, ctx.bias_needed)
-        # Second derivatives reach the parameters without a call.
-        grads = tuple(_add(g, d, ctx.dtype) for g, d in zip(grads, direct, strict=True))
+            grads = tuple(
+                grad if grad is None or grad.dtype == ctx.dtype else grad.to(ctx.dtype)
+                for grad in grads
+            )
+            if takes:
+                watch(layer, calls, grads)
+        if any(one is not None for one in direct):
+            # Second derivatives reach the parameters without a call.
+            grads = tuple(map(_add, grads, direct))
         return *grads, None, None, None
 
 
-def _add(grad: Tensor | None, direct: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _add(grad: Tensor | None, direct: Tensor | None) -> Tensor | None:
     if grad is None or direct is None:
-        return direct if grad is None else grad.to(dtype)
-    return grad.to(dtype) + direct
+        return direct if grad is None else grad
+    return grad + direct
 
 
 class _CapturedCall(torch.autograd.Function):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,14 @@ def to_autocast(
     if x.dtype != dtype:
         x = x.to(dtype)
     return x, weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autocast is off on a device."""
+    # Entering torch.autocast takes as long as a few operators, and backward rarely runs in it.
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def gather_calls(

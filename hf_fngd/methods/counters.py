@@ -89,12 +89,11 @@ class Counters:
 
     def count_solution(self, solution: Solution) -> None:
         """Add one layer's coefficients."""
-        gamma = solution.gamma
         self.nonfinite += not solution.finite
         self.fallbacks += solution.fallback
         if solution.finite:
             # Of many layers at once: on a GPU, small operations cost more than their work.
-            self._waiting.append(gamma.detach())
+            self._waiting.append(solution.gamma)
             if len(self._waiting) >= _WAITING:
                 self._summarise()
 

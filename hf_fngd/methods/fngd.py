@@ -112,9 +112,9 @@ class FNGDLayer(LayerMethod):
     def weights(self, batch: Batch, call: Call) -> Tensor:
         batch.used = True
         gamma = self.optimizer.columns(batch, call.g)[self.number]
-        if batch.lengths is None:
-            return gamma
-        return self._over_row(batch, gamma.expand(len(batch.lengths)), call.g)
+        if batch.lengths is not None:
+            gamma = gamma.expand(len(batch.lengths))
+        return self._over_row(batch, gamma, call.g)
 
     def gradients(
         self, batch: Batch, calls: list[Call], bias: bool
@@ -131,31 +131,39 @@ class FNGDLayer(LayerMethod):
         fngd, kind = self.optimizer, self.kind
         with fngd.counters.clock.timer(calls[0].x.device):
             gamma, per_sample = self._solve(batch, calls, bias)
-        scaled = [
-            Call(x, kind.scale(g, self._over_row(batch, gamma, g)), weight)
-            for x, g, weight in calls
-        ]
+        weights = [self._over_row(batch, gamma, g) for _, g, _ in calls]
         if per_sample is None:
+            scaled = [
+                Call(x, kind.scale(g, one), weight)
+                for (x, g, weight), one in zip(calls, weights, strict=True)
+            ]
             return sum_gradients(kind, scaled, bias)
         matrix = torch.einsum("n,gnoi->goi", gamma.to(per_sample.dtype), per_sample)
         grad_weight = kind.from_canonical(matrix, calls[0].weight)
         if not bias:
             return grad_weight, None
-        return grad_weight, torch.stack([kind.bias_gradient(g) for _, g, _ in scaled]).sum(0)
+        biases = [
+            kind.bias_gradient(kind.scale(g, one))
+            for (_, g, _), one in zip(calls, weights, strict=True)
+        ]
+        return grad_weight, torch.stack(biases).sum(0) if len(biases) > 1 else biases[0]
 
     def forget(self) -> None:
         self.optimizer.forget(self.number)
 
     def _over_row(self, batch: Batch, gamma: Tensor, g: Tensor) -> Tensor:
+        if batch.lengths is None:
+            return gamma
         check_row(self.name, self.kind.positions(g), batch.lengths)
-        return gamma if batch.lengths is None else spread(gamma, batch.lengths)
+        return spread(gamma, batch.lengths)
 
     def _solve(self, batch: Batch, calls: list[Call], bias: bool) -> tuple[Tensor, Tensor | None]:
         """Compute and store γ `[N]`; per-sample gradients come along where they were formed."""
         fngd = self.optimizer
         config: FNGDConfig = fngd.config
-        for call in calls:
-            check_row(self.name, self.kind.positions(call.g), batch.lengths)
+        if batch.lengths is not None:
+            for call in calls:
+                check_row(self.name, self.kind.positions(call.g), batch.lengths)
         low = calls[0].x.dtype
         if config.gram_dtype != "auto":
             low = getattr(torch, config.gram_dtype)
@@ -211,8 +219,8 @@ class FNGD(LayerOptimizer):
             self.batches.must_announce = _NO_IDS
         elif config.share == "layer":
             self.store = LayerStore(len(self.layer_names))
-        # Batches with coefficients that are not in the store yet.
-        self._unwritten: list[Batch] = []
+        # Coefficients that are not in the store yet: those of each batch, by layer number.
+        self._unwritten: dict[Batch, dict[int, Tensor]] = {}
         self._fingerprint: str | None = None
         self._loaded_fingerprint: str | None = None
 
@@ -344,13 +352,8 @@ class FNGD(LayerOptimizer):
             layer: Number of the layer.
             gamma: Its coefficients.
         """
-        if self.store is None:
-            return
-        if batch.gamma is None:
-            shape = (len(gamma), len(self.layer_names))
-            batch.gamma = gamma.new_full(shape, torch.nan, dtype=torch.float32)
-            self._unwritten.append(batch)
-        batch.gamma[:, layer] = gamma.to(batch.gamma)
+        if self.store is not None:
+            self._unwritten.setdefault(batch, {})[layer] = gamma
 
     def forget(self, layer: int) -> None:
         """Drop the coefficients of one layer.
@@ -358,19 +361,22 @@ class FNGD(LayerOptimizer):
         Args:
             layer: Number of the layer.
         """
-        for batch in self._unwritten:
-            if batch.gamma is not None:
-                batch.gamma[:, layer] = torch.nan
+        for found in self._unwritten.values():
+            found.pop(layer, None)
         if self.store is not None:
             self.store.drop(layer)
 
     def _write(self) -> None:
         """Write the coefficients found so far to the store."""
-        for batch in self._unwritten:
-            assert self.store is not None and batch.gamma is not None
-            self.store.write(batch.rows, batch.gamma.cpu())
-            # A later backward pass of the batch must not write them again.
-            batch.gamma = None
+        for batch, found in self._unwritten.items():
+            assert self.store is not None
+            if not found:
+                continue
+            # Stacked on the device, so that a batch is one transfer.
+            first = next(iter(found.values()))
+            missing = torch.full_like(first, torch.nan)
+            columns = [found.get(i, missing).to(first) for i in range(len(self.layer_names))]
+            self.store.write(batch.rows, torch.stack(columns, 1).float().cpu())
         self._unwritten.clear()
 
     def coefficients(self) -> Tensor | None:

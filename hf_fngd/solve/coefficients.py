@@ -60,7 +60,7 @@ def damping_ratio(
     """
     if mode == "absolute":
         return torch.full_like(trace, kappa**2 / damping) / count
-    return torch.where(trace > 0, count / (trace * damping), torch.zeros_like(trace))
+    return (count / (trace * damping)).masked_fill_(trace <= 0, 0.0)
 
 
 def solve(
@@ -96,7 +96,8 @@ def solve(
     shifted.diagonal().add_(1)
     factor, info = torch.linalg.cholesky_ex(shifted)
     gamma = torch.cholesky_solve(gram.new_ones(n, 1), factor).squeeze(1)
-    if bool((info == 0) & gamma.isfinite().all()):
+    # 0 · γ is 0 where γ is finite.
+    if bool((0 * gamma).sum() == info):
         return Solution(gamma, finite=True, fallback=False)
     if not bool(gram.isfinite().all() & ratio.isfinite()):
         return Solution(torch.ones_like(gamma), finite=False, fallback=False)

@@ -7,15 +7,18 @@ With U = [u_1 … u_N] the per-sample weight gradients of one layer, K = UᵀU i
   memory than they are given (no u_n remains to form the weighted gradient from);
 * the Hadamard route: K_nm = Σ_ts (a_nt·a_ms)(g_nt·g_ms), which needs no u_n at all.
 
-In bfloat16 the products are formed in it, from inputs in it, and added up in float32.
+In bfloat16 the products are formed from inputs in it, and added up in float32.
 
 Inputs are in the canonical layout `[G, N, T, d]` of `hf_fngd.layers`. Costs, in multiply-adds:
 direct d_in·d_out·(N·T + E), Hadamard E·T²·(d_in + d_out), where E are the entries of K that are
-formed and not mirrored: about 3/4 N² on the direct route, 5/8 N² on the other.
+formed and not mirrored: about 3/4 N² on the direct route, 5/8 N² on the other. Small matrices are
+formed as a whole on a GPU, where the launches of more products cost more than they save.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,8 @@ from torch import Tensor
 
 _PIECES = 8
 _LEAST_ROWS = 8
+# Samples of a matrix that a GPU forms as a whole.
+_WHOLE = 256
 
 
 class SampleGram(NamedTuple):
@@ -47,7 +52,7 @@ def route_costs(n: int, t: int, d_in: int, d_out: int) -> dict[str, int]:
         d_out: Output features.
 
     Returns:
-        Multiply-adds by route, exact unless the workspace limits a block.
+        Multiply-adds by route, exact unless the workspace limits a block or nothing is mirrored.
     """
     return {
         "direct": d_in * d_out * (n * t + _formed(n, _half(n))),
@@ -105,7 +110,10 @@ def sample_gram(
         per_sample, matrix = _direct(a, g, memory_bytes)
     if bias:
         sums = g.sum(2, dtype=matrix.dtype)
-        matrix = matrix + torch.einsum("gnd,gmd->nm", sums, sums)
+        if len(sums) == 1:
+            matrix = matrix + torch.bmm(sums, sums.mT)[0]
+        else:
+            matrix = matrix + torch.einsum("gnd,gmd->nm", sums, sums)
     return SampleGram(matrix, per_sample)
 
 
@@ -113,24 +121,41 @@ def _sum_dtype(a: Tensor) -> torch.dtype:
     return torch.float32 if a.dtype == torch.bfloat16 else a.dtype
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices or stacks of them; in bfloat16 a GPU can return the sums in float32."""
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return multiply(a, b, out_dtype=torch.float32)
+    return multiply(a, b)
+
+
+def _is_whole(a: Tensor) -> bool:
+    return a.is_cuda and a.shape[1] <= _WHOLE
+
+
 def _direct(a: Tensor, g: Tensor, memory_bytes: int) -> tuple[Tensor | None, Tensor]:
     groups, n, _, d_in = a.shape
     d_out = g.shape[-1]
     rows = max(1, memory_bytes // (groups * n * d_in * a.element_size()))
+    per_sample = g.transpose(-1, -2) @ a if rows >= d_out else None
+    blocks = _blocks(a, g, rows) if per_sample is None else per_sample.flatten(2)
+    if _is_whole(a):
+        return per_sample, functools.reduce(torch.add, (_product(u, u.t()) for u in blocks))
     matrix = a.new_zeros(n, n, dtype=_sum_dtype(a))
-    if rows >= d_out:
-        per_sample = g.transpose(-1, -2) @ a
-        for u in per_sample.flatten(2):
-            _add_lower(matrix, u)
-    else:
-        per_sample = None
-        space = a.new_empty(n * rows * d_in)
-        for group_a, group_g in zip(a, g, strict=True):
-            for block in group_g.split(rows, dim=-1):
-                u = space[: n * block.shape[-1] * d_in].view(n, -1, d_in)
-                torch.bmm(block.transpose(1, 2), group_a, out=u)
-                _add_lower(matrix, u.flatten(1))
+    for u in blocks:
+        _add_lower(matrix, u)
     return per_sample, _mirror(matrix, _half(n))
+
+
+def _blocks(a: Tensor, g: Tensor, rows: int) -> Iterator[Tensor]:
+    """Form per-sample gradients `[N, rows·d_in]` of a few output features at a time."""
+    _, n, _, d_in = a.shape
+    space = a.new_empty(n * rows * d_in)
+    for group_a, group_g in zip(a, g, strict=True):
+        for block in group_g.split(rows, dim=-1):
+            u = space[: n * block.shape[-1] * d_in].view(n, -1, d_in)
+            torch.bmm(block.transpose(1, 2), group_a, out=u)
+            yield u.flatten(1)
 
 
 def _half(n: int) -> int:
@@ -152,13 +177,14 @@ def _add_lower(matrix: Tensor, u: Tensor) -> None:
     """Add uuᵀ without its upper right quarter: K is symmetric, and torch has no such product."""
     half = _half(len(u))
     if u.shape[1] % _PIECES or u.dtype == torch.bfloat16:
-        matrix[:half, :half] += u[:half] @ u[:half].t()
-        matrix[half:] += u[half:] @ u.t()
+        matrix[:half, :half] += _product(u[:half], u[:half].t())
+        matrix[half:] += _product(u[half:], u.t())
         return
     # Long thin products are faster in a few pieces.
     rows = u.view(len(u), _PIECES, -1).transpose(0, 1)
-    matrix[:half, :half] += (rows[:, :half] @ rows[:, :half].transpose(1, 2)).sum(0)
-    matrix[half:] += (rows[:, half:] @ rows.transpose(1, 2)).sum(0)
+    columns = rows.mT
+    matrix[:half, :half] += torch.bmm(rows[:, :half], columns[..., :half]).sum(0)
+    matrix[half:] += torch.bmm(rows[:, half:], columns).sum(0)
 
 
 def _mirror(matrix: Tensor, block: int) -> Tensor:
@@ -171,7 +197,9 @@ def _mirror(matrix: Tensor, block: int) -> Tensor:
 def _hadamard(a: Tensor, g: Tensor, memory_bytes: int) -> Tensor:
     groups, n, t, _ = a.shape
     block = max(1, memory_bytes // (2 * groups * n * t * t * a.element_size()))
-    block = min(block, _block_of(n))
+    block = min(block, n if _is_whole(a) else _block_of(n))
+    if block >= n:
+        return _position_products(a, g, a, g).view(n, t, n, t).sum((1, 3))
     matrix = a.new_zeros(n, n, dtype=_sum_dtype(a))
     for i in range(0, n, block):
         end = min(i + block, n)
@@ -183,6 +211,9 @@ def _hadamard(a: Tensor, g: Tensor, memory_bytes: int) -> Tensor:
 
 def _position_products(a: Tensor, g: Tensor, a_other: Tensor, g_other: Tensor) -> Tensor:
     """Multiply gradients of single positions, (a·a')(g·g'): a matrix `[N·T, M·S]`."""
-    inner_a = (a.flatten(1, 2) @ a_other.flatten(1, 2).transpose(1, 2)).to(_sum_dtype(a))
-    inner_g = g.flatten(1, 2) @ g_other.flatten(1, 2).transpose(1, 2)
-    return inner_a.mul_(inner_g).sum(0) if len(a) > 1 else inner_a.mul_(inner_g)[0]
+    inner_a, inner_g = (
+        _product(one.flatten(1, 2), other.flatten(1, 2).mT)
+        for one, other in ((a, a_other), (g, g_other))
+    )
+    products = inner_a.to(_sum_dtype(a)).mul_(inner_g)
+    return products.sum(0) if len(a) > 1 else products[0]
