@@ -40,7 +40,9 @@ class Watch:
             calls: The calls behind the gradients.
             grads: Gradients of weight and bias, as autograd gets them; None where there is none.
         """
-        self.parts.append((calls, grads))
+        # Not the tensors themselves: autograd would copy a gradient that somebody else has, too.
+        own = tuple(None if grad is None else grad.detach() for grad in grads)
+        self.parts.append((calls, own))
         for place, leaf in enumerate(self.layer.parameters()):
             missing = grads[place] is None or place in self._hooks
             # A hook of the user's may change the gradient before this one sees it.

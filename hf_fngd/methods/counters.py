@@ -29,9 +29,10 @@ class Stopwatch:
         """Add the time of the enclosed work on a device."""
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((start, end))
             self._add_finished()
         else:

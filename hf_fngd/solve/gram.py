@@ -122,11 +122,13 @@ def _sum_dtype(a: Tensor) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices or stacks of them; in bfloat16 a GPU can return the sums in float32."""
+    """Multiply matrices, or stacks of them; float32 for bfloat16, on a GPU without rounding."""
     multiply = torch.mm if a.dim() == 2 else torch.bmm
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    if a.dtype != torch.bfloat16:
+        return multiply(a, b)
+    if a.is_cuda:
         return multiply(a, b, out_dtype=torch.float32)
-    return multiply(a, b)
+    return multiply(a, b).float()
 
 
 def _is_whole(a: Tensor) -> bool:
@@ -215,5 +217,5 @@ def _position_products(a: Tensor, g: Tensor, a_other: Tensor, g_other: Tensor) -
         _product(one.flatten(1, 2), other.flatten(1, 2).mT)
         for one, other in ((a, a_other), (g, g_other))
     )
-    products = inner_a.to(_sum_dtype(a)).mul_(inner_g)
+    products = inner_a.mul_(inner_g)
     return products.sum(0) if len(a) > 1 else products[0]
