@@ -45,6 +45,10 @@ class LayerCurvature(LayerMethod, ABC):
 
     # Whether each rank keeps its own curvature, from one batch, for many steps.
     by_rank: ClassVar[bool] = False
+    # What the optimizer has read of the observations of all layers at once: whether one is not
+    # finite, and the value of `counter`.
+    lost = False
+    count = 0.0
 
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         super().__init__(optimizer, number, module, kind)
@@ -123,6 +127,14 @@ class LayerCurvature(LayerMethod, ABC):
     @abstractmethod
     def discard(self) -> None:
         """Forget the observations and keep the old curvature."""
+
+    @abstractmethod
+    def observations(self) -> list[Tensor]:
+        """Return what must be finite for an update."""
+
+    def counter(self) -> Tensor | None:
+        """Return a number of observations, averaged over ranks; None where none is needed."""
+        return None
 
     def statistics(self, like: Tensor) -> list[Tensor]:
         """Return what is averaged over ranks before `update`, in the same shapes on every rank.
@@ -213,9 +225,25 @@ def inverse_or_zero(damping: Tensor) -> Tensor:
     return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    # Read from the device once.
-    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+def largest(tensors: Sequence[Tensor]) -> list[float]:
+    """Read the largest absolute value of each tensor, NaN where it has one.
+
+    Args:
+        tensors: Real numbers, of any device and precision.
+
+    Returns:
+        The values; the host waits once for each device and precision.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found = [0.0] * len(tensors)
+    for members in groups.values():
+        sizes = torch._foreach_norm([tensors[i] for i in members], torch.inf)
+        for i, size in zip(members, torch.stack(sizes).tolist(), strict=True):
+            found[i] = size
+    return found
 
 
 class AveragedCurvature(LayerCurvature):
@@ -228,7 +256,6 @@ class AveragedCurvature(LayerCurvature):
         super().__init__(optimizer, number, module, kind)
         # Sums of statistics over micro-batches, and at the end their number.
         self._pending: list[Tensor] | None = None
-        self._lost = False
 
     @abstractmethod
     def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
@@ -253,21 +280,26 @@ class AveragedCurvature(LayerCurvature):
         self._pending = found
 
     def statistics(self, like: Tensor) -> list[Tensor]:
-        pending = self._pending
-        self._lost = pending is not None and not _finite(pending)
-        if pending is None or self._lost:
-            pending = [like.new_zeros(shape) for shape in [*self.shapes(), ()]]
-        self._pending = pending
-        return pending
+        if self._pending is None or self.lost:
+            self._pending = [like.new_zeros(shape) for shape in [*self.shapes(), ()]]
+        return self._pending
+
+    def observations(self) -> list[Tensor]:
+        return self._pending or []
+
+    def counter(self) -> Tensor | None:
+        return None if self._pending is None else self._pending[-1]
 
     def found(self) -> bool:
-        return self._pending is not None and float(self._pending[-1]) > 0
+        return self._pending is not None and self.count > 0
 
     def means(self) -> list[Tensor] | None:
         """End the collection and return the averages, or None where no rank has seen anything."""
-        assert self._pending is not None
-        (*sums, count), self._pending = self._pending, None
-        return [one / count for one in sums] if float(count) > 0 else None
+        pending, found, self._pending = self._pending, self.found(), None
+        if pending is None or not found:
+            return None
+        *sums, count = pending
+        return list(torch._foreach_div(sums, count))
 
 
 class SampleBlock:
@@ -369,7 +401,7 @@ class BlockCurvature(LayerCurvature):
             return True
         matrix = pending.pop("gram")
         trace = pending.pop("trace")
-        if not all(bool(t.isfinite().all()) for t in (matrix, trace, *pending.values())):
+        if self.lost:
             return False
         count = float(pending["samples"])
         damping = self.damping(trace / count, count)
@@ -383,6 +415,9 @@ class BlockCurvature(LayerCurvature):
         self.fallbacks += fallback
         self.state = pending
         return True
+
+    def observations(self) -> list[Tensor]:
+        return [one for one in (self._pending or {}).values() if one.is_floating_point()]
 
     def rescale(self, factor: float) -> None:
         for name, power in _POWERS.items():

@@ -71,7 +71,7 @@ class EvaLayer(AveragedCurvature):
             for name, value in zip(("a", "g"), means, strict=True):
                 old = self.state.get(name)
                 self.state[name] = value if old is None else old.lerp(value, 1 - keep)
-        return not self._lost
+        return not self.lost
 
     def combine(self, m: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         if not self.state:

@@ -104,7 +104,7 @@ class KFACLayer(AveragedCurvature):
     def update(self, step: int) -> bool:
         means = self.means()
         if means is None:
-            return not self._lost
+            return not self.lost
         state = self.state
         done = int(state["updates"]) if state else 0
         keep = min(1 - 1 / (done + 1), self.config.stat_decay)
@@ -115,7 +115,7 @@ class KFACLayer(AveragedCurvature):
         if not done or step - int(state["inverted_at"]) >= self.config.inverse_period:
             self._invert()
             state["inverted_at"] = torch.tensor(step, device="cpu")
-        return not self._lost
+        return not self.lost
 
     def _invert(self) -> None:
         state = self.state

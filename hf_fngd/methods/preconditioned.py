@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from hf_fngd.config import DampedConfig, setting
 from hf_fngd.errors import FNGDError
 from hf_fngd.layers.calls import Call
 from hf_fngd.methods.counters import Stopwatch
-from hf_fngd.methods.curvature import LayerCurvature
+from hf_fngd.methods.curvature import LayerCurvature, largest
 from hf_fngd.methods.fisher_labels import FisherLabels
 from hf_fngd.optimizer import LayerOptimizer
 from hf_fngd.rules import working_dtype
@@ -197,9 +198,14 @@ class PreconditionedOptimizer(LayerOptimizer):
         directions, dampings = [], []
         for (_, layer), m, part in zip(active, means, parts, strict=True):
             v, damping = layer.combine(m, part)
-            # A failure in one layer must not reach its weights.
-            directions.append(torch.where(v.isfinite().all(), v, m))
+            directions.append(v)
             dampings.append(damping)
+        # A failure in one layer must not reach its weights.
+        sizes = torch._foreach_norm(directions, torch.inf)
+        directions = [
+            torch.where(size < torch.inf, v, m)
+            for size, v, m in zip(sizes, directions, means, strict=True)
+        ]
         if self.config.kl_clip is not None:
             rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
             # A weight that is in no group does not move.
@@ -255,12 +261,9 @@ class PreconditionedOptimizer(LayerOptimizer):
                 layer.rescale(factor)
         like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
         with self.clock.timer(like.device):
-            left_out = like.new_tensor([float(layer.left_out) for layer in self.layers])
+            self._check()
             statistics = [tensor for layer in self.layers for tensor in layer.statistics(like)]
-            ranks.average([left_out, *statistics])
-            for layer, share in zip(self.layers, left_out.tolist(), strict=True):
-                if share > 0:
-                    layer.leave_out("another process has left it out")
+            self._average(statistics, like)
             found = any(layer.found() for layer in self.layers)
             failed = sum(not layer.update(self.steps) for layer in self.layers)
         self.nonfinite += failed
@@ -272,6 +275,25 @@ class PreconditionedOptimizer(LayerOptimizer):
         # Curvature that is kept for long is worth another try at once.
         wait = 1 if local and failed else self.config.update_period
         self.next_update = self.steps + wait
+
+    def _check(self) -> None:
+        """Tell each layer whether its observations are finite; the host waits once for all."""
+        observed = [layer.observations() for layer in self.layers]
+        sizes = iter(largest([one for some in observed for one in some]))
+        for layer, some in zip(self.layers, observed, strict=True):
+            layer.lost = not all([math.isfinite(next(sizes)) for _ in some])
+
+    def _average(self, statistics: list[Tensor], like: Tensor) -> None:
+        """Average statistics over ranks, and tell each layer how many observations there are."""
+        if ranks.count() > 1:
+            left_out = like.new_tensor([float(layer.left_out) for layer in self.layers])
+            ranks.average([left_out, *statistics])
+            for layer, share in zip(self.layers, left_out.tolist(), strict=True):
+                if share > 0:
+                    layer.leave_out("another process has left it out")
+        counted = [(layer, one) for layer in self.layers if (one := layer.counter()) is not None]
+        for (layer, _), count in zip(counted, largest([one for _, one in counted]), strict=True):
+            layer.count = count
 
     # ---- logs and checkpoints --------------------------------------------------------------------
 
