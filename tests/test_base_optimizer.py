@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd import FNGD, create_fngd_optimizer
+from hf_fngd import FNGD, create_fngd_optimizer, rules
 from tests.helpers import assert_same, fill_store, gradients, tiny_gpt2
 
 N, STEPS, LR = 6, 20, 0.02
@@ -304,6 +304,23 @@ def test_rms_scale_keeps_the_direction() -> None:
         optimizer.step()
         moved.append((net.weight.detach() - before).flatten())
     assert torch.cosine_similarity(*moved, dim=0) > 1 - 1e-6
+
+
+def test_rms_scale_of_many_weights_at_once() -> None:
+    """As on a GPU, where small weights of one shape are scaled together."""
+    torch.manual_seed(0)
+    shapes = [(5,)] * 9 + [(4, 5)] * 10 + [(3, 4, 2, 2)] * 8 + [(7,), (2, 3), ()]
+    together = [torch.randn(shape) for shape in shapes]
+    together[20] = together[20].to(memory_format=torch.channels_last)
+    alone = copy.deepcopy(together)
+    group = {"lr": 0.1, "momentum": 0.9, "betas": (0.9, 0.99)}
+    states: list[list[dict[str, Tensor]]] = [[{} for _ in shapes] for _ in range(2)]
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in together]
+        rules._rms_sgd(together, grads, states[0], group)
+        for one, grad, state in zip(alone, grads, states[1], strict=True):
+            rules._rms_sgd([one], [grad], [state], group)
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_rms_scale_of_a_zero_gradient() -> None:

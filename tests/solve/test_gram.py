@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_fngd.solve import gram
 from hf_fngd.solve.gram import choose_route, route_costs, sample_gram
 
 SHAPES = [  # groups, samples, positions, d_in, d_out
@@ -57,6 +58,26 @@ def test_routes_equal_the_loop(
     a, g = tensors(shape, ragged)
     found = sample_gram(a, g, bias=bias, route=route, memory_bytes=memory).matrix
     torch.testing.assert_close(found, loop(a, g, bias), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory", WORKSPACES)
+@pytest.mark.parametrize("route", ["direct", "hadamard"])
+@pytest.mark.parametrize("low", [False, True], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matrices_formed_as_a_whole(
+    shape: tuple[int, ...], low: bool, route: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: nothing is mirrored."""
+    monkeypatch.setattr(gram, "_is_whole", lambda a: True)
+    monkeypatch.setattr(gram, "_add_lower", None)
+    a, g = tensors(shape)
+    expected = loop(a, g, True)
+    if low:
+        a, g = a.bfloat16(), g.bfloat16()
+    found = sample_gram(a, g, bias=True, route=route, memory_bytes=memory).matrix
+    assert found.dtype == (torch.float32 if low else torch.float64)
+    error = float((found.double() - expected).norm() / expected.norm())
+    assert error <= (0.05 if low else 1e-12)
 
 
 @pytest.mark.parametrize("route", ["direct", "hadamard"])
