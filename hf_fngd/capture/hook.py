@@ -54,7 +54,7 @@ def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
     ):
         return None
     # Not get_parameter, which takes as long as a small operator.
-    weight = module._parameters.get("weight")
+    weight: Tensor | None = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):
         layer.leave_out("its weight has been replaced, as by pruning, a norm or torch.func")
         return None
@@ -69,12 +69,12 @@ def _run(layer: LayerMethod, module: nn.Module, x: Tensor) -> Tensor | None:
     batch = layer.batches.of_forward(layer, shape[0])
     if batch is None:
         return None
-    bias = module._parameters["bias"]
+    bias: Tensor | None = module._parameters["bias"]
     calls: list[Delivery] | None = None
     if batch.fresh:
         if layer.number not in batch.gates:
             calls = []
-            gate = _Gate.apply(weight, bias, layer, batch, calls)
+            gate = _apply_gate(weight, bias, (layer, batch, calls))
             batch.gates[layer.number] = (*gate, calls)
         weight, bias, calls = batch.gates[layer.number]
     x, weight, bias = to_autocast(layer.kind.prepare(x), weight, bias)
@@ -86,26 +86,29 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, layer: LayerMethod, batch: Batch, calls: list
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        place: tuple[LayerMethod, Batch, list[Delivery]],
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         # No saved tensor here: recomputation by checkpointing must save as many as the original.
-        ctx.layer, ctx.batch, ctx.calls = layer, batch, calls
+        ctx.place = place
         ctx.dtype = weight.dtype
         ctx.bias_needed = bias is not None and bias.requires_grad
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
     def backward(ctx: Any, *direct: Tensor | None) -> tuple[Tensor | None, ...]:
-        layer, number = ctx.layer, backward_pass()
-        calls = [call for its_number, call in ctx.calls if its_number == number]
-        ctx.calls.clear()
-        ctx.batch.gates.pop(layer.number, None)
+        (layer, batch, collected), number = ctx.place, backward_pass()
+        calls = [call for its_number, call in collected if its_number == number]
+        collected.clear()
+        batch.gates.pop(layer.number, None)
         grads: tuple[Tensor | None, ...] = (None, None)
         if calls:
             with without_autocast(calls[0].x.device):
-                if takes := layer.takes(ctx.batch, calls):
-                    grads = layer.gradients(ctx.batch, calls, ctx.bias_needed)
+                if takes := layer.takes(batch, calls):
+                    grads = layer.gradients(batch, calls, ctx.bias_needed)
                 else:
                     grads = sum_gradients(layer.kind, calls, ctx.bias_needed)
             grads = tuple(
@@ -117,7 +120,7 @@ class _Gate(torch.autograd.Function):
         if any(one is not None for one in direct):
             # Second derivatives reach the parameters without a call.
             grads = tuple(map(_add, grads, direct))
-        return *grads, None, None, None
+        return *grads, None
 
 
 def _add(grad: Tensor | None, direct: Tensor | None) -> Tensor | None:
@@ -174,7 +177,10 @@ class _CapturedCall(torch.autograd.Function):
 
 
 # Function.apply itself looks for torch.func first, which `_run` has done.
-_apply_call = super(torch.autograd.Function, _CapturedCall).apply
+_apply_gate, _apply_call = (
+    super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    for function in (_Gate, _CapturedCall)
+)
 
 
 class _Captured:

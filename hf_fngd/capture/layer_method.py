@@ -109,7 +109,7 @@ class LayerMethod:
             call: The call.
 
         Returns:
-            γ `[N]`, or `[1]` for all samples, or `[N, T]`.
+            γ `[N]`, or `[N, T]`.
         """
         raise NotImplementedError(f"{type(self).__name__} opened a batch that is not fresh")
 

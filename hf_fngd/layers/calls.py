@@ -82,7 +82,10 @@ def gather_calls(
         given = calls[0].x.dtype
         dtype = torch.float32 if given in _LOW_PRECISION else given
     # Converted before the layout, in which the patches of a convolution overlap.
-    parts = [kind.canonical(x.to(dtype), g.to(dtype)) for x, g, _ in calls]
+    parts = [
+        kind.canonical(*(one if one.dtype == dtype else one.to(dtype) for one in call[:2]))
+        for call in calls
+    ]
     if lengths is not None:
         parts = [(unpack(a, lengths), unpack(g, lengths)) for a, g in parts]
     a, g = (torch.cat(p, 2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
@@ -103,6 +106,8 @@ def sum_gradients(
         Weight gradient in the weight's layout, and the bias gradient or None.
     """
     grads = [kind.gradients(g, x, weight, bias) for x, g, weight in calls]
+    if len(grads) == 1:
+        return grads[0]
     weights, biases = zip(*grads, strict=True)
     total = functools.partial(functools.reduce, torch.add)
     return total(weights), total(biases) if bias else None

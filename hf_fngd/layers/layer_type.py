@@ -128,7 +128,7 @@ class LayerType(ABC):
 
         Args:
             g: Output gradient, or anything else with samples and positions.
-            gamma: Weights `[N]`, or `[1]` for all samples, or `[N, T]`.
+            gamma: Weights `[N]` or `[N, T]`.
 
         Returns:
             Tensor with the shape and dtype of `g`.

@@ -112,8 +112,9 @@ class FNGDLayer(LayerMethod):
     def weights(self, batch: Batch, call: Call) -> Tensor:
         batch.used = True
         gamma = self.optimizer.columns(batch, call.g)[self.number]
-        if batch.lengths is not None:
-            gamma = gamma.expand(len(batch.lengths))
+        if gamma.shape[0] == 1:
+            # share=layer
+            gamma = gamma.expand(call.x.shape[0] if batch.lengths is None else len(batch.lengths))
         return self._over_row(batch, gamma, call.g)
 
     def gradients(

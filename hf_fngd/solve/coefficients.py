@@ -84,7 +84,7 @@ def solve(
         γ with a report. A matrix that is not positive definite in float32 is solved in float64
         with its negative eigenvalues set to 0.
     """
-    n = len(gram)
+    n = gram.shape[0]
     ratio = damping_ratio(gram.diagonal().sum(), n, damping, mode, kappa)
     if leave_one_out:
         scaled = gram * ratio

@@ -110,7 +110,7 @@ def sample_gram(
         per_sample, matrix = _direct(a, g, memory_bytes)
     if bias:
         sums = g.sum(2, dtype=matrix.dtype)
-        if len(sums) == 1:
+        if sums.shape[0] == 1:
             matrix = matrix + torch.bmm(sums, sums.mT)[0]
         else:
             matrix = matrix + torch.einsum("gnd,gmd->nm", sums, sums)
@@ -140,7 +140,7 @@ def _direct(a: Tensor, g: Tensor, memory_bytes: int) -> tuple[Tensor | None, Ten
     d_out = g.shape[-1]
     rows = max(1, memory_bytes // (groups * n * d_in * a.element_size()))
     per_sample = g.transpose(-1, -2) @ a if rows >= d_out else None
-    blocks = _blocks(a, g, rows) if per_sample is None else per_sample.flatten(2)
+    blocks = _blocks(a, g, rows) if per_sample is None else per_sample.flatten(2).unbind()
     if _is_whole(a):
         return per_sample, functools.reduce(torch.add, (_product(u, u.t()) for u in blocks))
     matrix = a.new_zeros(n, n, dtype=_sum_dtype(a))
