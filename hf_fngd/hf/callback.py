@@ -7,16 +7,25 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.samples import SampleHook, fingerprint, has_rows
+from hf_fngd.hf.row_numbers import has_rows
+from hf_fngd.hf.samples import SampleHook, fingerprint
 from hf_fngd.optimizer import LayerOptimizer
 
 logger = logging.getLogger(__name__)
 _LOW_REUSE = 0.9
+_CHANGING = (
+    "Random augmentation, masking or generation changes the content: use FNGDTrainer (row numbers) "
+    "where the data loader changes it, or set share=layer or none"
+)
+_CHANGED = (
+    "Their rows have no numbers (the loader is not prepared by accelerate, or yields several rows "
+    "for each row of the data set) and their content changes: set share=layer or none"
+)
 
 
 def unwrap_optimizer(optimizer: Any) -> LayerOptimizer | None:
@@ -89,8 +98,8 @@ class FNGDCallback(TrainerCallback):
     """Runs a method of the package inside a Trainer; does nothing with other optimizers.
 
     Args:
-        announces: Whether batches must be announced by hashing their content, as in a stock
-            Trainer. `FNGDTrainer` announces row numbers itself.
+        announces: Whether batches are announced when the model gets them, as in a stock Trainer.
+            `FNGDTrainer` announces the batches of its loader before that.
     """
 
     def __init__(self, announces: bool = True) -> None:
@@ -139,8 +148,7 @@ class FNGDCallback(TrainerCallback):
         optimizer.attach()
         self._remove_hook()
         if self.announces:
-            hook = SampleHook(optimizer)
-            self._handle = kwargs["model"].register_forward_pre_hook(hook, with_kwargs=True)
+            self.listen(kwargs["model"], optimizer)
         self._epoch = -1
         if state.is_world_process_zero:
             title, selection = optimizer.config.title, optimizer.selection
@@ -152,6 +160,17 @@ class FNGDCallback(TrainerCallback):
                 len(selection.chosen),
                 len(selection.left_out),
             )
+
+    def listen(self, model: nn.Module, optimizer: LayerOptimizer) -> None:
+        """Announce, from now on, what the model gets; does nothing where this is so already.
+
+        Args:
+            model: The model without wrappers.
+            optimizer: Its optimizer.
+        """
+        if self._handle is None:
+            hook = SampleHook(optimizer)
+            self._handle = model.register_forward_pre_hook(hook, with_kwargs=True)
 
     def on_epoch_begin(
         self,
@@ -221,9 +240,9 @@ class FNGDCallback(TrainerCallback):
             self._warned = True
             logger.warning(
                 "FNGD: only %.0f %% of this epoch's samples have stored coefficients, the others "
-                "are computed afresh at the cost of a first epoch. Random augmentation or masking "
-                "changes the content: use FNGDTrainer (row numbers), or share=layer or none",
+                "are computed afresh at the cost of a first epoch. %s",
                 100 * rate,
+                _CHANGING if self.announces else _CHANGED,
             )
 
     def on_log(

@@ -1,11 +1,12 @@
 """`--optim fngd` and the other names, registered with transformers, which has no hook for that.
 
-Five places of transformers change, each once: the `OptimizerNames` enum gets members (so that
+Six places of transformers change, each once: the `OptimizerNames` enum gets members (so that
 argument parsers and `TrainingArguments` accept the names), `TrainingArguments.__post_init__` checks
 `--optim_args` of these names (so that a wrong one is refused before anything is loaded), the static
 `Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, `FNGDCallback` joins the default
-callbacks, where it does nothing unless the optimizer is one of the package, and `Trainer.train`
-lets go of the model also where it ends by an exception or an interrupt.
+callbacks, where it does nothing unless the optimizer is one of the package, `Trainer.train` lets
+go of the model also where it ends by an exception or an interrupt, and a resumed epoch keeps the
+row numbers of its loader (`skip_first_batches`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.hf.callback import FNGDCallback, refuse_unsupported
+from hf_fngd.hf.row_numbers import numbered_again
 from hf_fngd.methods import METHODS, PlainOptimizer
 from hf_fngd.optimizer import LayerOptimizer
 
@@ -142,7 +144,7 @@ def register() -> None:
             ("OptimizerNames", OptimizerNames, _ENUM_TABLES),
             ("TrainingArguments", TrainingArguments, ("__post_init__",)),
             ("Trainer", trainer_class, ("get_optimizer_cls_and_kwargs", "train")),
-            ("transformers.trainer", trainer_module, ("DEFAULT_CALLBACKS",)),
+            ("transformers.trainer", trainer_module, ("DEFAULT_CALLBACKS", "skip_first_batches")),
         )
         for name in names
         if not hasattr(holder, name)
@@ -157,6 +159,7 @@ def register() -> None:
     _wrap(TrainingArguments, "__post_init__", _checked)
     _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _dispatched)
     _wrap(trainer_class, "train", _released)
+    _wrap(trainer_module, "skip_first_batches", numbered_again)
     if FNGDCallback not in trainer_module.DEFAULT_CALLBACKS:
         trainer_module.DEFAULT_CALLBACKS.append(FNGDCallback)
 

@@ -1,14 +1,14 @@
-"""Which data set rows are in a batch, and how the optimizer is told.
+"""Which samples are in a batch, and how the optimizer is told.
 
-Row numbers travel in an extra column past the collator (`with_index`, `IndexCollator`). A stock
-Trainer has no such column: there a hash of the content identifies each sample (`content_ids`).
-Either way `announce` tells the optimizer before the forward pass.
+Batches of `FNGDTrainer` have row numbers (`row_numbers`). Those of a stock Trainer have none: there
+a hash of the content identifies each sample (`content_ids`). Either way `announce` tells the
+optimizer before the forward pass.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.errors import FNGDError
+from hf_fngd.hf.row_numbers import has_rows, named_tensors, rows_of
 from hf_fngd.methods.fisher_labels import named_inputs
 from hf_fngd.optimizer import LayerOptimizer
 
-INDEX_COLUMN = "fngd_row"
 # Odd 64-bit constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers.
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 _MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features")
@@ -28,30 +28,34 @@ _MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features")
 # ---- telling the optimizer -------------------------------------------------------------------
 
 
-def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) -> None:
+def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) -> bool:
     """Tell the optimizer which samples the next forward pass holds.
 
     Args:
         optimizer: The optimizer; None if it is not one of the package.
         model: The unwrapped model.
-        inputs: The model's inputs by name, nested or in a list; `INDEX_COLUMN` is taken out.
-            Without it the content is hashed, as it is where packing made one row of several.
+        inputs: The model's inputs by name, nested or in a list. Their content is hashed where they
+            have no row numbers, and where a batch has several rows for each of its numbers, as the
+            pairs of a preference loss, or holds several samples in one row.
+
+    Returns:
+        Whether the inputs showed how many samples there are.
 
     Raises:
         FNGDError: For a packed row, under a method that needs one row a sample.
     """
-    rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
     if optimizer is None or not optimizer.captured:
-        return
+        return True
     if not (isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values()))):
-        inputs = dict(_tensors(inputs))
+        inputs = dict(named_tensors(inputs))
     size = batch_size(inputs)
     if size is None:
-        return
+        return False
+    rows = rows_of(inputs)
     lengths = packed_lengths(inputs)
     samples = size if lengths is None else len(lengths)
     ids: Any = range(samples)
-    if rows is not None and (lengths is None or len(rows) == samples):
+    if rows is not None and _one_each(rows, inputs, lengths):
         ids = rows
     elif optimizer.needs_rows:
         config = getattr(model, "config", None)
@@ -62,10 +66,11 @@ def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) ->
             eos if isinstance(eos, int) else -1,
         )
     optimizer.set_batch(ids, lengths)
+    return True
 
 
 class SampleHook:
-    """Forward pre-hook on the model of a stock Trainer: announces every batch by its content.
+    """Forward pre-hook on a model: announces every batch by what the model gets.
 
     Args:
         optimizer: The optimizer.
@@ -85,20 +90,18 @@ class SampleHook:
         return SampleHook, (None,)
 
 
+def _one_each(
+    rows: Sequence[int], inputs: Mapping[str, Any], lengths: Sequence[int] | None
+) -> bool:
+    """Return whether each row number stands for one sample of the batch."""
+    if lengths is not None:
+        return len(rows) == len(lengths)
+    main = next((inputs[key] for key in _MAIN_INPUTS if _has_rows(inputs.get(key))), None)
+    return main is None or len(main) == len(rows) or len(main) % len(rows) != 0
+
+
 def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _tensors(inputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a nested batch, by dotted names."""
-    items: Iterable[tuple[Any, Any]] = inputs.items() if isinstance(inputs, Mapping) else ()
-    if isinstance(inputs, list | tuple):
-        items = enumerate(inputs)
-    for name, value in items:
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        else:
-            yield from _tensors(value, f"{prefix}{name}.")
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int | None:
@@ -179,96 +182,6 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1
 
 
-# ---- index column ----------------------------------------------------------------------------
-
-
-class IndexedDataset(torch.utils.data.Dataset):
-    """Adds its row number to every item of a data set.
-
-    Args:
-        rows: A data set with a length.
-    """
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> Any:
-        return _number(self.rows[row], row)
-
-    def __getitems__(self, rows: list[int]) -> list[Any]:  # noqa: PLW3201
-        many = getattr(self.rows, "__getitems__", None)
-        items = many(rows) if many is not None else [self.rows[row] for row in rows]
-        return [_number(item, row) for item, row in zip(items, rows, strict=True)]
-
-
-class IndexCollator:
-    """Carries the row numbers past a data collator, as a list of ints under `INDEX_COLUMN`.
-
-    Args:
-        collator: The collator of the user. Rows without a number pass through unchanged.
-        as_tensor: Whether the numbers are a tensor instead, as they must be where one process reads
-            the batches of all; a list is not moved to the device and back.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any], as_tensor: bool = False) -> None:
-        self.collator, self.as_tensor = collator, as_tensor
-
-    def __call__(self, features: list[Any]) -> Any:  # noqa: D102
-        rows: list[int] = []
-        items: list[Any] = []
-        for feature in features:
-            if isinstance(feature, _NumberedItem):
-                rows.append(feature.row)
-                items.append(feature.item)
-            elif isinstance(feature, Mapping) and INDEX_COLUMN in feature:
-                rows.append(int(feature[INDEX_COLUMN]))
-                items.append({k: v for k, v in feature.items() if k != INDEX_COLUMN})
-            else:
-                items.append(feature)
-        batch = self.collator(items)
-        if len(rows) == len(features) and isinstance(batch, MutableMapping):
-            batch[INDEX_COLUMN] = torch.tensor(rows) if self.as_tensor else rows
-        return batch
-
-
-class _NumberedItem:
-    """An item that is not a mapping, with its row number."""
-
-    def __init__(self, item: Any, row: int) -> None:
-        self.item, self.row = item, row
-
-
-def _number(item: Any, row: int) -> Any:
-    return {**item, INDEX_COLUMN: row} if isinstance(item, Mapping) else _NumberedItem(item, row)
-
-
-def with_index(dataset: Any) -> Any:
-    """Add row numbers to a training set.
-
-    Args:
-        dataset: A data set with a length.
-
-    Returns:
-        A `datasets.Dataset` with the column where that works, else a wrapper.
-    """
-    if isinstance(dataset, datasets.Dataset) and INDEX_COLUMN not in dataset.column_names:
-        indexed = dataset.add_column(INDEX_COLUMN, list(range(len(dataset))))
-        # A transform may drop columns it does not know.
-        if len(indexed) and INDEX_COLUMN in indexed[0]:
-            return indexed
-    return IndexedDataset(dataset)
-
-
-def has_rows(dataset: Any) -> bool:
-    """Return whether a data set has numbered rows; streams have none, with or without a length."""
-    if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset):
-        return False
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-
-
 def fingerprint(dataset: Any) -> str:
     """Identify a data set by its length and, for `datasets`, by columns and a few rows.
 
@@ -282,7 +195,7 @@ def fingerprint(dataset: Any) -> str:
     text = f"{length} rows"
     if isinstance(dataset, datasets.Dataset) and length > 0:
         plain = dataset.with_format("arrow")
-        columns = [name for name in dataset.column_names if name != INDEX_COLUMN]
+        columns = dataset.column_names
         chosen = sorted({round(i * (length - 1) / 7) for i in range(8)})
         rows = [plain[i].select(columns).to_pylist() for i in chosen]
         digest = hashlib.sha256(repr((columns, rows)).encode()).hexdigest()[:12]

@@ -20,7 +20,9 @@ from hf_fngd.hf.registry import (
     optimizer_arguments,
     optimizer_name,
 )
-from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, has_rows, with_index
+from hf_fngd.hf.row_numbers import number
+from hf_fngd.hf.samples import announce
+from hf_fngd.optimizer import LayerOptimizer
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -122,8 +124,8 @@ class FNGDMixin(LossScaleMixin):
 
     `class MySFTTrainer(FNGDMixin, SFTTrainer): pass` adapts a Trainer of your own.
 
-    Row numbers travel through the collator in an extra column, so that coefficients belong to
-    samples even under random augmentation.
+    Batches know their row numbers (`row_numbers`), so that coefficients belong to samples even
+    under random augmentation.
 
     Args:
         *args: Arguments of the Trainer.
@@ -138,13 +140,17 @@ class FNGDMixin(LossScaleMixin):
     # The Trainer's own.
     optimizer_cls_and_kwargs: Any
     train_dataset: Any
-    data_collator: Any
+    model: Any
+    training_step: Any
 
     def __init__(
         self, *args: Any, fngd_config: OptimizerConfig | None = None, **kwargs: Any
     ) -> None:
         self._fngd_config = fngd_config
+        self._warned_of_generation = False
         super().__init__(*args, **kwargs)
+        # In the instance: a subclass may have a training step that does not call ours.
+        self.training_step = self._announced_step
         self._fngd_callback = FNGDCallback(announces=False)
         callbacks = self.callback_handler.callbacks
         # In the place of the registered one: before the reporters, which print what it adds.
@@ -216,28 +222,29 @@ class FNGDMixin(LossScaleMixin):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> Any:  # noqa: D102
-        dataset, collator = self.train_dataset, self.data_collator
-        if not has_rows(dataset):
-            return super().get_train_dataloader()
-        self._set_signature_columns_if_needed()
-        if INDEX_COLUMN not in self._signature_columns:
-            self._signature_columns.append(INDEX_COLUMN)
-        dispatched = bool(self.accelerator.dispatch_batches)
-        self.train_dataset = with_index(dataset)
-        self.data_collator = IndexCollator(collator, as_tensor=dispatched)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.data_collator = dataset, collator
+        return number(super().get_train_dataloader())
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+    def _announced_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Announce a batch, then do the training step of the class, whoever has written it."""
         optimizer = unwrap_optimizer(self.optimizer)
         if optimizer is not None:
             # The last window of an epoch may be shorter than the callback knows.
             steps = getattr(self, "current_gradient_accumulation_steps", 1)
             tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
-        announce(optimizer, self.accelerator.unwrap_model(model), inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+            if not announce(optimizer, self.accelerator.unwrap_model(model), inputs):
+                self._announce_what_the_model_gets(optimizer)
+        return type(self).training_step(self, model, inputs, *args, **kwargs)
+
+    def _announce_what_the_model_gets(self, optimizer: LayerOptimizer) -> None:
+        if optimizer.needs_rows and not self._warned_of_generation:
+            self._warned_of_generation = True
+            logger.warning(
+                "%s: batches hold no tensors, so samples are known by what the model gets. Rows "
+                "that are generated, as in GRPO, are new at every step, and their coefficients are "
+                "never used again: set share=none or share=layer",
+                optimizer.config.title,
+            )
+        self._fngd_callback.listen(self.model, optimizer)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
         norm = super()._clip_grad_norm(model)
