@@ -53,7 +53,7 @@ class _NotedRows:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.noted, name, value)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return self.noted.__class__
 
@@ -131,7 +131,7 @@ def number(loader: Any) -> Any:
     Returns:
         The same loader.
     """
-    kind = type(loader)
+    kind: Any = type(loader)
     prepared = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
     if not prepared or issubclass(kind, _Numbered) or loader.batch_sampler is None:
         return loader

@@ -274,7 +274,7 @@ class FNGD(LayerOptimizer):
         # A sample without coefficients makes its batch one of the first epoch.
         batch.fresh |= known < len(ids)
         if batch.fresh:
-            batch.rows = self.store.locate(ids, create=True)
+            batch.rows = self.store.locate(ids, create=True, bounded=not self.collecting)
         else:
             batch.gamma = self.stored(batch)
         return batch
@@ -367,15 +367,23 @@ class FNGD(LayerOptimizer):
 
         Args:
             num_samples: Rows of the data set, if it has a length: bounds the coefficient store.
-            fingerprint: Any text that changes with the data.
+            fingerprint: Any text that changes with the data. Coefficients of the data that were
+                bound before are forgotten where it is another one.
 
         Raises:
             FNGDError: If loaded coefficients belong to other data.
         """
         self._check_data(self._loaded_fingerprint, fingerprint)
-        self._fingerprint = fingerprint
-        if isinstance(self.store, SampleStore) and self.store.num_samples is None:
-            self.store.num_samples = num_samples
+        if isinstance(self.store, SampleStore):
+            if self._fingerprint not in (None, fingerprint):
+                # Row numbers mean other samples from now on.
+                self._write()
+                self.store.clear()
+                self.store.num_samples = None
+            if self.store.num_samples is None:
+                self.store.num_samples = num_samples
+        if fingerprint is not None:
+            self._fingerprint, self._loaded_fingerprint = fingerprint, None
 
     def _check_data(self, loaded: str | None, present: str | None) -> None:
         if self.needs_rows and None not in (loaded, present) and loaded != present:
