@@ -104,11 +104,16 @@ class FNGDCallback(TrainerCallback):
 
     def __init__(self, announces: bool = True) -> None:
         self.announces = announces
+        self.hook: SampleHook | None = None
         self._handle: Any = None
         self._epoch = -1
         self._warned = False
         self._clipped: Tensor | float = 0.0
         self._norms_seen = 0
+
+    def stop_warning(self) -> None:
+        """Give no warning of samples that do not find their coefficients again."""
+        self._warned = True
 
     def count_norm(self, norm: Tensor | float, bound: float) -> None:
         """Count a step towards the share of clipped steps.
@@ -147,7 +152,8 @@ class FNGDCallback(TrainerCallback):
         optimizer.bind_dataset(rows, fingerprint(data))
         optimizer.attach()
         self._remove_hook()
-        if self.announces:
+        # A hook would break the graph of a compiled model, and is seldom needed.
+        if self.announces or not args.torch_compile:
             self.listen(kwargs["model"], optimizer)
         self._epoch = -1
         if state.is_world_process_zero:
@@ -162,15 +168,15 @@ class FNGDCallback(TrainerCallback):
             )
 
     def listen(self, model: nn.Module, optimizer: LayerOptimizer) -> None:
-        """Announce, from now on, what the model gets; does nothing where this is so already.
+        """Announce what the model gets; does nothing where this is so already.
 
         Args:
             model: The model without wrappers.
             optimizer: Its optimizer.
         """
         if self._handle is None:
-            hook = SampleHook(optimizer)
-            self._handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+            self.hook = SampleHook(optimizer)
+            self._handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
 
     def on_epoch_begin(
         self,
@@ -294,7 +300,7 @@ class FNGDCallback(TrainerCallback):
     def _remove_hook(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+            self._handle = self.hook = None
 
 
 def _has_length(loader: DataLoader | None) -> bool:

@@ -11,9 +11,10 @@ row numbers of its loader (`skip_first_batches`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import transformers
@@ -35,6 +36,8 @@ OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], str | None]] = {
     "fngd_muon": (METHODS["fngd"], "muon"),
     "muon": (PlainOptimizer, "muon"),
 }
+# Where `settings_of` keeps them, among the attributes of the arguments.
+_SETTINGS = "_fngd_settings"
 _ENUM_TABLES = ("_member_names_", "_member_map_", "_value2member_map_")
 
 
@@ -131,6 +134,24 @@ def optimizer_arguments(
     return kind, {"lr": args.learning_rate, "module": model, "config": config}
 
 
+@contextlib.contextmanager
+def settings_of(args: TrainingArguments, config: OptimizerConfig) -> Iterator[None]:
+    """Let the Trainer of these arguments make the optimizer of a config, whatever they name.
+
+    Args:
+        args: Training arguments.
+        config: Settings.
+
+    Yields:
+        Nothing.
+    """
+    vars(args)[_SETTINGS] = config
+    try:
+        yield
+    finally:
+        del vars(args)[_SETTINGS]
+
+
 def register() -> None:
     """Register the optimizer names with transformers; calling it again changes nothing.
 
@@ -203,9 +224,12 @@ def _checked(original: Any) -> Callable[..., Any]:
 
 def _dispatched(original: Any) -> Callable[..., Any]:
     def dispatch(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        if optimizer_name(args) in OPTIMIZERS:
-            return optimizer_arguments(args, model, config_from_args(args))
-        return original(args, model)
+        config = vars(args).get(_SETTINGS)
+        if config is None and optimizer_name(args) in OPTIMIZERS:
+            config = config_from_args(args)
+        if config is None:
+            return original(args, model)
+        return optimizer_arguments(args, model, config)
 
     return dispatch
 

@@ -28,29 +28,26 @@ _MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features")
 # ---- telling the optimizer -------------------------------------------------------------------
 
 
-def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) -> bool:
+def announce(optimizer: LayerOptimizer, model: nn.Module, inputs: Any) -> int | None:
     """Tell the optimizer which samples the next forward pass holds.
 
     Args:
-        optimizer: The optimizer; None if it is not one of the package.
+        optimizer: The optimizer.
         model: The unwrapped model.
         inputs: The model's inputs by name, nested or in a list. Their content is hashed where they
             have no row numbers, and where a batch has several rows for each of its numbers, as the
             pairs of a preference loss, or holds several samples in one row.
 
     Returns:
-        Whether the inputs showed how many samples there are.
+        Number of rows; None where the inputs hold no tensor, and nothing was announced.
 
     Raises:
         FNGDError: For a packed row, under a method that needs one row a sample.
     """
-    if optimizer is None or not optimizer.captured:
-        return True
-    if not (isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values()))):
-        inputs = dict(named_tensors(inputs))
+    inputs = _by_name(inputs)
     size = batch_size(inputs)
     if size is None:
-        return False
+        return None
     rows = rows_of(inputs)
     lengths = packed_lengths(inputs)
     samples = size if lengths is None else len(lengths)
@@ -66,11 +63,16 @@ def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) ->
             eos if isinstance(eos, int) else -1,
         )
     optimizer.set_batch(ids, lengths)
-    return True
+    return size
 
 
 class SampleHook:
-    """Forward pre-hook on a model: announces every batch by what the model gets.
+    """Forward pre-hook on a model: announces what the model gets.
+
+    In a stock Trainer that is every forward pass. `FNGDTrainer` announces the whole batch before
+    its training step and says how many rows it has. Once the model gets another number of them
+    (two columns of text in one forward pass, a part of the batch, texts that were generated from
+    it), each further forward pass of the step is announced.
 
     Args:
         optimizer: The optimizer.
@@ -78,16 +80,40 @@ class SampleHook:
 
     def __init__(self, optimizer: LayerOptimizer | None) -> None:
         self.optimizer = optimizer
+        # Rows of the batch that has been announced; None: to be announced at each forward pass.
+        self.size: int | None = None
 
     # Which samples these are depends on their content: no work for a compiled graph.
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
-        if self.optimizer is not None and torch.is_grad_enabled():
-            announce(self.optimizer, module, named_inputs(module, args, kwargs))
+        if self.optimizer is None or not self.optimizer.captured or not torch.is_grad_enabled():
+            return
+        inputs = _by_name(named_inputs(module, args, kwargs))
+        main = _main_input(inputs)
+        if main is not None and len(main) != self.size:
+            self.size = None
+        if self.size is None:
+            announce(self.optimizer, module, inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model must not speak to the original's optimizer.
         return SampleHook, (None,)
+
+
+def _by_name(inputs: Any) -> Mapping[str, Any]:
+    """Bring a batch into a mapping with tensors."""
+    while isinstance(inputs, Mapping) and len(inputs) == 1:
+        (only,) = inputs.values()
+        if not isinstance(only, Mapping):
+            break
+        inputs = only
+    if isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values())):
+        return inputs
+    return dict(named_tensors(inputs))
+
+
+def _main_input(inputs: Mapping[str, Any]) -> Tensor | None:
+    return next((inputs[key] for key in _MAIN_INPUTS if _has_rows(inputs.get(key))), None)
 
 
 def _one_each(
@@ -96,7 +122,7 @@ def _one_each(
     """Return whether each row number stands for one sample of the batch."""
     if lengths is not None:
         return len(rows) == len(lengths)
-    main = next((inputs[key] for key in _MAIN_INPUTS if _has_rows(inputs.get(key))), None)
+    main = _main_input(inputs)
     return main is None or len(main) == len(rows) or len(main) % len(rows) != 0
 
 
@@ -106,10 +132,9 @@ def _has_rows(value: Any) -> bool:
 
 def batch_size(inputs: Mapping[str, Any]) -> int | None:
     """Return the number of rows of the first tensor that has them; None without a tensor."""
-    for key in (*_MAIN_INPUTS, *inputs):
-        if _has_rows(inputs.get(key)):
-            return len(inputs[key])
-    return None
+    main = _main_input(inputs)
+    first = next(filter(_has_rows, inputs.values()), None) if main is None else main
+    return None if first is None else len(first)
 
 
 # ---- packed rows -----------------------------------------------------------------------------
@@ -251,6 +276,8 @@ def _hashed_keys(inputs: Mapping[str, Any]) -> list[str]:
         and value.dim() > 0
         and len(value) == rows
         and value.dtype != torch.bool
+        # What a model has computed is no input: losses that call it twice give it its own output.
+        and not value.requires_grad
         and not key.endswith("mask")
         and key != "position_ids"
     }

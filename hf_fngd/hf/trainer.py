@@ -17,8 +17,8 @@ from hf_fngd.hf.checkpoints import check_complete, last_complete, reading
 from hf_fngd.hf.registry import (
     OPTIMIZERS,
     config_from_args,
-    optimizer_arguments,
     optimizer_name,
+    settings_of,
 )
 from hf_fngd.hf.row_numbers import number
 from hf_fngd.hf.samples import announce
@@ -195,13 +195,8 @@ class FNGDMixin(LossScaleMixin):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            model = args[0] if args and args[0] is not None else self.model
-            found = optimizer_arguments(self.args, model, self._settings())
-            self.optimizer_cls_and_kwargs = found
-            try:
+            with settings_of(self.args, self._settings()):
                 return super().create_optimizer(*args, **kwargs)
-            finally:
-                self.optimizer_cls_and_kwargs = None
         return super().create_optimizer(*args, **kwargs)
 
     def train(  # noqa: D102
@@ -227,24 +222,28 @@ class FNGDMixin(LossScaleMixin):
     def _announced_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Announce a batch, then do the training step of the class, whoever has written it."""
         optimizer = unwrap_optimizer(self.optimizer)
-        if optimizer is not None:
+        if optimizer is not None and optimizer.captured:
             # The last window of an epoch may be shorter than the callback knows.
             steps = getattr(self, "current_gradient_accumulation_steps", 1)
             tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
-            if not announce(optimizer, self.accelerator.unwrap_model(model), inputs):
-                self._announce_what_the_model_gets(optimizer)
+            self._announce(optimizer, self.accelerator.unwrap_model(model), inputs)
         return type(self).training_step(self, model, inputs, *args, **kwargs)
 
-    def _announce_what_the_model_gets(self, optimizer: LayerOptimizer) -> None:
-        if optimizer.needs_rows and not self._warned_of_generation:
-            self._warned_of_generation = True
-            logger.warning(
-                "%s: batches hold no tensors, so samples are known by what the model gets. Rows "
-                "that are generated, as in GRPO, are new at every step, and their coefficients are "
-                "never used again: set share=none or share=layer",
-                optimizer.config.title,
-            )
-        self._fngd_callback.listen(self.model, optimizer)
+    def _announce(self, optimizer: LayerOptimizer, model: nn.Module, inputs: Any) -> None:
+        callback, size = self._fngd_callback, announce(optimizer, model, inputs)
+        if size is None:
+            callback.listen(self.model, optimizer)
+            if optimizer.needs_rows and not self._warned_of_generation:
+                self._warned_of_generation = True
+                callback.stop_warning()
+                logger.warning(
+                    "%s: batches hold no tensors, so samples are known by what the model gets. "
+                    "Rows that are generated, as in GRPO, are new at every step, and their "
+                    "coefficients are never used again: set share=none or share=layer",
+                    optimizer.config.title,
+                )
+        if callback.hook is not None:
+            callback.hook.size = size
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
         norm = super()._clip_grad_norm(model)

@@ -110,7 +110,7 @@ class FNGDLayer(LayerMethod):
     optimizer: FNGD
 
     def weights(self, batch: Batch, call: Call) -> Tensor:
-        batch.used = True
+        self.optimizer.use(batch)
         if batch.gamma is None:
             batch.gamma = self.optimizer.stored(batch)
         if batch.gamma.device != call.g.device:
@@ -122,7 +122,7 @@ class FNGDLayer(LayerMethod):
         self, batch: Batch, calls: list[Call], bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         fngd, kind = self.optimizer, self.kind
-        batch.used = True
+        fngd.use(batch)
         self.count_delivery(batch, "with its own coefficients")
         with fngd.counters.clock.timer(calls[0].x.device):
             gamma, per_sample = self._solve(batch, calls, bias)
@@ -270,7 +270,7 @@ class FNGD(LayerOptimizer):
         batch.rows = self.store.locate(ids, create=False)
         known = self.store.count_known(batch.rows)
         if not self.collecting:
-            self.counters.count_rows(known, len(ids))
+            batch.looked_up = known, len(ids)
         # A sample without coefficients makes its batch one of the first epoch.
         batch.fresh |= known < len(ids)
         if batch.fresh:
@@ -278,6 +278,12 @@ class FNGD(LayerOptimizer):
         else:
             batch.gamma = self.stored(batch)
         return batch
+
+    def use(self, batch: Batch) -> None:
+        """Note that a layer's backward pass has come to a batch."""
+        if not batch.used:
+            batch.used = True
+            self.counters.count_rows(*batch.looked_up)
 
     def end_step(self) -> None:
         self._write()

@@ -276,5 +276,8 @@ def test_two_batches_before_one_backward(model: nn.Module, inputs: Tensor) -> No
     sum(losses).backward()
     optimizer.step()
     optimizer.start_epoch(1)
-    optimizer.set_batch(sum(FIRST_EPOCH[:2], []))
+    both = sum(FIRST_EPOCH[:2], [])
+    optimizer.set_batch(both)
+    assert "reuse_rate" not in optimizer.statistics(), "a batch counts once it is used"
+    shares(model, inputs[both]).sum().backward()
     assert optimizer.statistics()["reuse_rate"] == 1
