@@ -108,6 +108,8 @@ class FNGDCallback(TrainerCallback):
         self._handle: Any = None
         self._epoch = -1
         self._warned = False
+        # Parameters that train although the optimizer does not have them, as the user made them.
+        self._others: set[int] | None = None
         self._clipped: Tensor | float = 0.0
         self._norms_seen = 0
 
@@ -156,6 +158,7 @@ class FNGDCallback(TrainerCallback):
         if self.announces or not args.torch_compile:
             self.listen(kwargs["model"], optimizer)
         self._epoch = -1
+        self._others = {id(p) for _, p in _strangers(kwargs["model"], optimizer)}
         if state.is_world_process_zero:
             title, selection = optimizer.config.title, optimizer.selection
             logger.info("%s layers:\n%s", title, selection)
@@ -206,12 +209,39 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Tell the method the scale of the loss, as far as the arguments know it."""
+        """Tell the method the scale of the loss, as far as the arguments know it.
+
+        Raises:
+            FNGDError: If no parameter of the model trains any more.
+        """
         wrapper = kwargs.get("optimizer")
         optimizer = unwrap_optimizer(wrapper)
-        if optimizer is not None:
-            scaler = getattr(wrapper, "scaler", None)
-            tell_loss_scale(optimizer, args.gradient_accumulation_steps, scaler)
+        if optimizer is None:
+            return
+        scaler = getattr(wrapper, "scaler", None)
+        tell_loss_scale(optimizer, args.gradient_accumulation_steps, scaler)
+        self._look_at_parameters(kwargs["model"], optimizer)
+
+    def _look_at_parameters(self, model: nn.Module, optimizer: LayerOptimizer) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise FNGDError(
+                "no parameter of the model trains any more (merge_and_unload of PEFT leaves the "
+                "frozen base): change the model after train(), or give it to a new Trainer"
+            )
+        if self._others is None:
+            return
+        new = [name for name, p in _strangers(model, optimizer) if id(p) not in self._others]
+        if new:
+            self._others = None
+            logger.warning(
+                "%s: %d parameters train that the optimizer does not have, the first is %s: they "
+                "were thawed or added after it was made, and keep their values. Freeze layers "
+                "after the optimizer has been made (in on_train_begin) to thaw them later, and add "
+                "layers before that",
+                optimizer.config.title,
+                len(new),
+                new[0],
+            )
 
     def on_step_end(
         self,
@@ -301,6 +331,12 @@ class FNGDCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = self.hook = None
+
+
+def _strangers(model: nn.Module, optimizer: LayerOptimizer) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of a model that train and are not the optimizer's."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
 
 
 def _has_length(loader: DataLoader | None) -> bool:

@@ -204,6 +204,10 @@ class FNGD(LayerOptimizer):
             self.store = LayerStore(len(self.layer_names))
         # Batches with coefficients that are not in the store yet.
         self._unwritten: list[Batch] = []
+        # Layers that were frozen when coefficients were computed, and the epoch in which these are
+        # computed once more because such a layer trains again.
+        self._frozen: set[int] = set()
+        self._again = -1
         self._fingerprint: str | None = None
         self._loaded_fingerprint: str | None = None
 
@@ -211,7 +215,8 @@ class FNGD(LayerOptimizer):
     def collecting(self) -> bool:
         """Whether this epoch computes coefficients for every batch."""
         every = self.config.refresh_every
-        return self.store is None or (self.epoch % every if every else self.epoch) == 0
+        first = (self.epoch % every if every else self.epoch) == 0
+        return self.store is None or first or self.epoch == self._again
 
     @property
     def needs_rows(self) -> bool:
@@ -261,6 +266,7 @@ class FNGD(LayerOptimizer):
         lengths: list[int] | None,
     ) -> Batch:
         self._write()
+        self._notice_thawed()
         batch = super().new_batch(sample_ids, size, lengths)
         if not isinstance(self.store, SampleStore):
             return batch
@@ -279,6 +285,22 @@ class FNGD(LayerOptimizer):
             batch.gamma = self.stored(batch)
         return batch
 
+    def _notice_thawed(self) -> None:
+        """Compute all coefficients once more if a layer trains again that has none."""
+        if self.store is None:
+            return
+        training = {layer.number for module, layer in self.captured if module.weight.requires_grad}
+        if self._frozen & training and not self.collecting:
+            self._again = self.epoch
+            self.batches.fresh = True
+            logger.info(
+                "FNGD: %s trains again: coefficients are computed in the rest of the epoch",
+                self.layer_names[min(self._frozen & training)],
+            )
+        self._frozen -= training
+        if self.collecting:
+            self._frozen |= {layer.number for layer in self.layers} - training
+
     def use(self, batch: Batch) -> None:
         """Note that a layer's backward pass has come to a batch."""
         if not batch.used:
@@ -287,6 +309,7 @@ class FNGD(LayerOptimizer):
 
     def end_step(self) -> None:
         self._write()
+        self._notice_thawed()
         super().end_step()
 
     def detach(self) -> None:
@@ -404,6 +427,7 @@ class FNGD(LayerOptimizer):
             "epoch": self.epoch,
             "store": None if self.store is None else self.store.state_dict(),
             "data": self._fingerprint or self._loaded_fingerprint,
+            "frozen": sorted(self._frozen),
         }
 
     def load_method_state(self, saved: dict[str, Any]) -> None:
@@ -412,7 +436,8 @@ class FNGD(LayerOptimizer):
         self.batches.close()
         if self.store is not None:
             self.store.load_state_dict(saved["store"])
-        self.epoch = saved["epoch"]
+        self.epoch, self._again = saved["epoch"], -1
+        self._frozen = set(saved["frozen"])
         self.batches.fresh = self.collecting
         self._loaded_fingerprint = saved["data"]
 
