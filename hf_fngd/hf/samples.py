@@ -22,6 +22,7 @@ from hf_fngd.optimizer import LayerOptimizer
 
 # Odd 64-bit constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers.
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+_CHOICE_SHIFT = 40
 _MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features")
 
 
@@ -36,7 +37,8 @@ def announce(optimizer: LayerOptimizer, model: nn.Module, inputs: Any) -> int | 
         model: The unwrapped model.
         inputs: The model's inputs by name, nested or in a list. Their content is hashed where they
             have no row numbers, and where a batch has several rows for each of its numbers, as the
-            pairs of a preference loss, or holds several samples in one row.
+            pairs of a preference loss, or holds several samples in one row. A sample is what has a
+            row in the layers: each text of a pair, each choice of a question.
 
     Returns:
         Number of rows; None where the inputs hold no tensor, and nothing was announced.
@@ -44,11 +46,14 @@ def announce(optimizer: LayerOptimizer, model: nn.Module, inputs: Any) -> int | 
     Raises:
         FNGDError: For a packed row, under a method that needs one row a sample.
     """
-    inputs = _by_name(inputs)
+    rows = rows_of(inputs)
+    inputs, choices = _row_by_row(model, _by_name(inputs))
     size = batch_size(inputs)
     if size is None:
         return None
-    rows = rows_of(inputs)
+    if rows is not None and choices > 1:
+        # Numbers of choices lie far beyond those of rows.
+        rows = [row + (choice << _CHOICE_SHIFT) for row in rows for choice in range(choices)]
     lengths = packed_lengths(inputs)
     samples = size if lengths is None else len(lengths)
     ids: Any = range(samples)
@@ -88,8 +93,8 @@ class SampleHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
         if self.optimizer is None or not self.optimizer.captured or not torch.is_grad_enabled():
             return
-        inputs = _by_name(named_inputs(module, args, kwargs))
-        main = _main_input(inputs)
+        inputs = named_inputs(module, args, kwargs)
+        main = _main_input(_row_by_row(module, _by_name(inputs))[0])
         if main is not None and len(main) != self.size:
             self.size = None
         if self.size is None:
@@ -110,6 +115,29 @@ def _by_name(inputs: Any) -> Mapping[str, Any]:
     if isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values())):
         return inputs
     return dict(named_tensors(inputs))
+
+
+def _row_by_row(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """Give every choice of a question its own row, as transformers' models do inside.
+
+    Returns:
+        The inputs, and the number of choices: 1 for any other model.
+    """
+    main = inputs.get("input_ids")
+    if not isinstance(main, Tensor) or main.dim() != 3 or not _has_choices(model):
+        return inputs, 1
+    questions, choices = main.shape[:2]
+    found = {}
+    for key, value in inputs.items():
+        if _has_rows(value) and value.shape[:2] == main.shape[:2]:
+            found[key] = value.flatten(0, 1)
+        elif _has_rows(value) and len(value) == questions:
+            found[key] = value.repeat_interleave(choices, 0)
+    return found, choices
+
+
+def _has_choices(model: nn.Module) -> bool:
+    return any(type(one).__name__.endswith("ForMultipleChoice") for one in model.modules())
 
 
 def _main_input(inputs: Mapping[str, Any]) -> Tensor | None:
