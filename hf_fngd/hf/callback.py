@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.row_numbers import has_rows
+from hf_fngd.hf.row_numbers import has_rows, number
 from hf_fngd.hf.samples import SampleHook, fingerprint
 from hf_fngd.optimizer import LayerOptimizer
 
@@ -154,6 +154,9 @@ class FNGDCallback(TrainerCallback):
         optimizer.bind_dataset(rows, fingerprint(data))
         optimizer.attach()
         self._remove_hook()
+        if not self.announces:
+            # A loader of the user's own `get_train_dataloader`.
+            number(loader)
         # A hook would break the graph of a compiled model, and is seldom needed.
         if self.announces or not args.torch_compile:
             self.listen(kwargs["model"], optimizer)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from transformers import BatchEncoding, BatchFeature, Trainer, TrainerCallback
 
 from hf_fngd import FNGDTrainer
@@ -47,6 +47,7 @@ DATASETS = {
     "transformed": table().with_transform(
         lambda rows: {"x": [torch.tensor(x) for x in rows["x"]], "row": rows["row"]}
     ),
+    "subset": Subset(ConcatDataset([Own(), Own()]), range(ROWS)),
     "pairs": TensorDataset(torch.arange(ROWS).float().unsqueeze(1).expand(ROWS, 6)),
 }
 
@@ -249,3 +250,30 @@ def test_a_resumed_epoch_knows_its_rows(tmp_path):
     assert torch.equal(first, second)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class OwnLoader(OwnStep):
+    def get_train_dataloader(self):
+        plain = DataLoader(self.train_dataset, batch_size=4, shuffle=True)
+        return self.accelerator.prepare(plain)
+
+
+def test_a_loader_of_the_users_own_is_numbered(tmp_path):
+    args = options(tmp_path, optim_args="share=sample")
+    trainer = OwnLoader(model=Net(), args=args, train_dataset=numbered_rows())
+    trainer.train()
+    assert trainer.optimizer.optimizer.store.rows is None
+    assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
+
+
+class Unprepared(FNGDTrainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=4, shuffle=True)
+
+
+def test_a_loader_that_is_not_prepared_is_hashed(tmp_path):
+    args = options(tmp_path, optim_args="share=sample")
+    trainer = Unprepared(model=Net(), args=args, train_dataset=numbered_rows())
+    trainer.train()
+    assert len(trainer.optimizer.optimizer.store.rows) == 12
+    assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
