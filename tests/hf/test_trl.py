@@ -15,7 +15,7 @@ from trl import (
     SFTTrainer,
 )
 
-from hf_fngd import FNGDMixin
+from hf_fngd import FNGDError, FNGDMixin
 from tests.helpers import assert_same, tiny_llama
 from tests.hf_utils import tiny_texts, tiny_tokenizer, weights
 
@@ -157,3 +157,17 @@ def test_generated_rows_are_weighted_and_never_found_again(share, mixed, tmp_pat
     assert max(series(trainer, "reuse_rate")) < 0.5
     (advice,) = others
     assert "generat" in advice and "share=" in advice
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["stock", "mixin"])
+def test_a_method_that_cannot_tell_packed_samples_apart_says_so(mixed, tmp_path):
+    with pytest.raises(FNGDError, match="KFAC cannot tell apart: turn packing or padding_free off"):
+        train(tmp_path, "sft-packing", mixed, "kfac", per_device_train_batch_size=1)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["stock", "mixin"])
+def test_labels_of_generated_rows_cannot_be_drawn(mixed, tmp_path):
+    with pytest.raises(FNGDError, match="set fisher_labels=empirical"):
+        train(tmp_path, "grpo", mixed, "tengrad")
+    trainer = train(tmp_path, "grpo", mixed, "tengrad", "fisher_labels=empirical")
+    assert trainer.state.global_step == 8
