@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,6 @@ from hf_fngd.hf.registry import (
 )
 from hf_fngd.hf.row_numbers import number
 from hf_fngd.hf.samples import announce
-from hf_fngd.optimizer import LayerOptimizer
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -150,7 +150,7 @@ class FNGDMixin(LossScaleMixin):
         self._warned_of_generation = False
         super().__init__(*args, **kwargs)
         # In the instance: a subclass may have a training step that does not call ours.
-        self.training_step = self._announced_step
+        self.training_step = _announcing(self)
         self._fngd_callback = FNGDCallback(announces=False)
         callbacks = self.callback_handler.callbacks
         # In the place of the registered one: before the reporters, which print what it adds.
@@ -219,17 +219,15 @@ class FNGDMixin(LossScaleMixin):
     def get_train_dataloader(self) -> Any:  # noqa: D102
         return number(super().get_train_dataloader())
 
-    def _announced_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Announce a batch, then do the training step of the class, whoever has written it."""
+    def _announce(self, model: nn.Module, inputs: Any) -> None:
+        """Tell the optimizer what there is to tell of a batch before its training step."""
         optimizer = unwrap_optimizer(self.optimizer)
-        if optimizer is not None and optimizer.captured:
-            # The last window of an epoch may be shorter than the callback knows.
-            steps = getattr(self, "current_gradient_accumulation_steps", 1)
-            tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
-            self._announce(optimizer, self.accelerator.unwrap_model(model), inputs)
-        return type(self).training_step(self, model, inputs, *args, **kwargs)
-
-    def _announce(self, optimizer: LayerOptimizer, model: nn.Module, inputs: Any) -> None:
+        if optimizer is None or not optimizer.captured:
+            return
+        # The last window of an epoch may be shorter than the callback knows.
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
+        model = self.accelerator.unwrap_model(model)
         callback, size = self._fngd_callback, announce(optimizer, model, inputs)
         if size is None:
             callback.listen(self.model, optimizer)
@@ -250,6 +248,19 @@ class FNGDMixin(LossScaleMixin):
         if norm is not None:
             self._fngd_callback.count_norm(norm, self.args.max_grad_norm)
         return norm
+
+
+def _announcing(trainer: FNGDMixin) -> Callable[..., Any]:
+    """Return a training step that announces the batch, then does that of the Trainer's class."""
+    # A Trainer that holds itself would keep the model in memory until Python looks for cycles.
+    this = weakref.ref(trainer)
+
+    def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = this()
+        trainer._announce(model, inputs)
+        return type(trainer).training_step(trainer, model, inputs, *args, **kwargs)
+
+    return training_step
 
 
 class FNGDTrainer(FNGDMixin, Trainer):

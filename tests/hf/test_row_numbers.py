@@ -1,6 +1,8 @@
 """Row numbers travel beside the batch: what the user meets is what a plain Trainer shows."""
 
 import collections
+import gc
+import weakref
 
 import accelerate
 import datasets
@@ -277,3 +279,17 @@ def test_a_loader_that_is_not_prepared_is_hashed(tmp_path):
     trainer.train()
     assert len(trainer.optimizer.optimizer.store.rows) == 12
     assert trainer.state.log_history[-2]["fngd/reuse_rate"] == 1.0
+
+
+def test_a_trainer_that_is_gone_leaves_nothing_behind(tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        args = options(tmp_path, optim_args="share=sample")
+        trainer = FNGDTrainer(model=Net(), args=args, train_dataset=numbered_rows())
+        trainer.train()
+        gone = weakref.ref(trainer), weakref.ref(trainer.model)
+        del trainer
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
