@@ -23,9 +23,9 @@ _CHANGING = (
     "where the data loader changes it, or set share=layer or none"
 )
 _CHANGED = (
-    "The first epoch left them out (dataloader_drop_last), or they have no row numbers (several rows "
-    "for one of the data set, a loader that accelerate has not prepared) and their content changes: "
-    "if the rate stays low, set share=layer or none"
+    "The first epoch left them out (dataloader_drop_last), or they have no row numbers (several "
+    "rows for one of the data set, a loader that accelerate has not prepared) and their content "
+    "changes: if the rate stays low, set share=layer or none"
 )
 
 
