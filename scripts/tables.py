@@ -6,21 +6,17 @@ python scripts/tables.py   # rewrites what lies between <!-- NAME --> and <!-- e
 from __future__ import annotations
 
 import ast
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from common.tabled import RESULTS, ROOT, Columns, load, machine, reports, shape, table
 
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "scripts" / "bench" / "results"
 _NAMES = (
     "README.md",
     "hf_fngd/README.md",
@@ -32,7 +28,6 @@ _NAMES = (
     "model_cards/README.md",
 )
 PAGES = [ROOT / name for name in _NAMES if (ROOT / name).exists()]
-Columns = Mapping[str, Callable[[Any], Any]]
 
 
 def fill(text: str) -> str:
@@ -43,38 +38,6 @@ def fill(text: str) -> str:
         block = f"{begin}\n{made}\n{end}"
         text = re.sub(f"{begin}.*?{end}", lambda _, block=block: block, text, flags=re.DOTALL)
     return text
-
-
-def table(items: Iterable[Any], columns: Columns, texts: int = 1) -> str:
-    """Render a Markdown table.
-
-    Args:
-        items: What the rows are about.
-        columns: For each head a function from an item to its cell; a float gets two digits.
-        texts: Number of columns with text, the first ones; the others hold numbers.
-
-    Returns:
-        Markdown without padding, so that a longer cell changes one line and not all.
-    """
-    rows = [[_cell(make(item)) for make in columns.values()] for item in items]
-    sides = ["left"] * texts + ["right"] * (len(columns) - texts)
-    made = tabulate(rows, [*columns], tablefmt="pipe", disable_numparse=True, colalign=sides)
-    head, line, *rest = (re.sub(r" {2,}", " ", one) for one in made.splitlines())
-    return "\n".join([head, re.sub("-+", "---", line), *rest])
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def load(name: str) -> dict[str, Any]:
-    """Read a result file."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def reports(folder: str) -> list[dict[str, Any]]:
-    """Read all result files of a folder, by name."""
-    return [load(f"{folder}/{path.name}") for path in sorted((RESULTS / folder).glob("*.json"))]
 
 
 # ---- settings, and what works ------------------------------------------------------------------
@@ -137,28 +100,6 @@ MEMORY = {
     "`fngd`, later epochs": "fngd later epochs",
     "first epoch, `update_scale=rms`": "fngd first epoch, update_scale=rms",
 }
-
-
-def shape(report: Mapping[str, Any]) -> str:
-    """Name the model and batch of a benchmark."""
-    work = report["workload"]
-    size = f"batch {work['batch_size']}"
-    if work["shapes"] == "resnet18":
-        return f"ResNet-18, 32x32, {size}"
-    layers, width = work["layers"], f"d {work['d_model']}"
-    size += f" × {work['length']}" + (", bf16 autocast" if work.get("bf16") else "")
-    if work["shapes"] == "marian":
-        words = f", {work['vocab_size']:,} words" if work["vocab_size"] > 8000 else ""
-        return f"Marian, {width}, {layers} + {layers} layers{words}, {size}"
-    if work["shapes"] == "lora":
-        return f"LoRA, rank {work['lora_rank']}, a Llama block of {width}, {size}"
-    return f"GPT-2, {width}, {layers} blocks, {size}"
-
-
-def machine(report: Mapping[str, Any], *more: str) -> str:
-    """Name the machine of a measurement, as a paragraph after its table."""
-    place = [f"{report['machine']}, torch {report['torch']}"] if "torch" in report else []
-    return f"\n\nMachine: {'; '.join([*(place or [report['machine']]), *more])}."
 
 
 def variants(names: Mapping[str, str], key: str) -> Columns:
