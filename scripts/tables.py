@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from common.tabled import RESULTS, ROOT, Columns, load, machine, reports, shape, table
+from gpu_tables import GPU_TABLES
 
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 
@@ -23,6 +25,7 @@ _NAMES = (
     "tests/README.md",
     "scripts/README.md",
     "scripts/bench/README.md",
+    "scripts/bench/memory.md",
     "scripts/plans/README.md",
     "scripts/plans/coefficients.md",
     "model_cards/README.md",
@@ -69,16 +72,37 @@ def settings() -> str:
 def support() -> str:
     """Make the table of what works from the `feature` marks of the tests."""
     rows = []
+    ran = on_gpu()
+    for place, test, (name, state, *note) in marks("feature"):
+        gpu = ran.pop(name, "")
+        rows.append((name, ": ".join([state, *note]), f"`{place}::{test}`", gpu))
+    assert not ran, f"no row of the table is called {', '.join(ran)}"
+    rows.sort(key=lambda row: row[0].strip("`").lower())
+    heads = ("feature", "state", "shown by", "run on a GPU")
+    return table(rows, {head: itemgetter(i) for i, head in enumerate(heads)}, texts=4)
+
+
+def marks(kind: str) -> Iterator[tuple[Path, str, list[str]]]:
+    """Find the tests with a mark: their file, their name and the mark's arguments."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         place = path.relative_to(ROOT / "tests").with_suffix("")
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.feature":
-                    name, state, *note = map(ast.literal_eval, mark.args)
-                    rows.append((name, ": ".join([state, *note]), f"`{place}::{node.name}`"))
-    rows.sort(key=lambda row: row[0].strip("`").lower())
-    heads = ("feature", "state", "shown by")
-    return table(rows, {head: itemgetter(i) for i, head in enumerate(heads)}, texts=3)
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == f"pytest.mark.{kind}":
+                    yield place, node.name, list(map(ast.literal_eval, mark.args))
+
+
+def on_gpu() -> dict[str, str]:
+    """Name the GPU on which what a row says was run and passed."""
+    report = load("gpu/tests.json")
+    found = {}
+    for place, test, (row,) in marks("on_gpu"):
+        outcome = report["outcomes"].get(f"tests/{place}.py::{test}")
+        if outcome is None or "device" not in report["machine"]:
+            continue
+        passed = outcome.get("passed", 0) and not outcome.get("failed", 0)
+        found[row] = report["machine"]["device"].removeprefix("NVIDIA ") if passed else "failed"
+    return found
 
 
 # ---- time and memory ---------------------------------------------------------------------------
@@ -371,7 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
         settings, support, costs, first_epochs, memory, profiles, checkpointing, store, rules,
         growth, methods, sharing, names, fngd,
     )
-}  # fmt: skip
+} | GPU_TABLES  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def test_kfac_breaks_the_graph_and_takes_the_same_steps():
     assert optimizer.statistics()["updates"] == 9 and counters["graph_break"]
 
 
+@pytest.mark.on_gpu("`torch.compile`")
 def test_trainer(tmp_path):
     ways = []
     for compiled in (False, True):

@@ -30,7 +30,6 @@ def tiny_fsmt():
     )
 
 
-@pytest.mark.feature("Sequence-first translation models (FSMT)", "works", "layers are left out")
 @pytest.mark.parametrize("batch", [8, 5], ids=["T = N", "T and N differ"])
 def test_layers_are_left_out_and_keep_nothing(batch, tmp_path, caplog):
     # Sentences of the test data have 8 tokens.
