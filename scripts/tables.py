@@ -6,33 +6,31 @@ python scripts/tables.py   # rewrites what lies between <!-- NAME --> and <!-- e
 from __future__ import annotations
 
 import ast
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from common.tabled import RESULTS, ROOT, Columns, load, machine, reports, shape, table
+from gpu_tables import GPU_TABLES
 
 from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "scripts" / "bench" / "results"
 _NAMES = (
     "README.md",
     "hf_fngd/README.md",
     "tests/README.md",
     "scripts/README.md",
     "scripts/bench/README.md",
+    "scripts/bench/memory.md",
     "scripts/plans/README.md",
     "scripts/plans/coefficients.md",
     "model_cards/README.md",
 )
 PAGES = [ROOT / name for name in _NAMES if (ROOT / name).exists()]
-Columns = Mapping[str, Callable[[Any], Any]]
 
 
 def fill(text: str) -> str:
@@ -43,38 +41,6 @@ def fill(text: str) -> str:
         block = f"{begin}\n{made}\n{end}"
         text = re.sub(f"{begin}.*?{end}", lambda _, block=block: block, text, flags=re.DOTALL)
     return text
-
-
-def table(items: Iterable[Any], columns: Columns, texts: int = 1) -> str:
-    """Render a Markdown table.
-
-    Args:
-        items: What the rows are about.
-        columns: For each head a function from an item to its cell; a float gets two digits.
-        texts: Number of columns with text, the first ones; the others hold numbers.
-
-    Returns:
-        Markdown without padding, so that a longer cell changes one line and not all.
-    """
-    rows = [[_cell(make(item)) for make in columns.values()] for item in items]
-    sides = ["left"] * texts + ["right"] * (len(columns) - texts)
-    made = tabulate(rows, [*columns], tablefmt="pipe", disable_numparse=True, colalign=sides)
-    head, line, *rest = (re.sub(r" {2,}", " ", one) for one in made.splitlines())
-    return "\n".join([head, re.sub("-+", "---", line), *rest])
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def load(name: str) -> dict[str, Any]:
-    """Read a result file."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def reports(folder: str) -> list[dict[str, Any]]:
-    """Read all result files of a folder, by name."""
-    return [load(f"{folder}/{path.name}") for path in sorted((RESULTS / folder).glob("*.json"))]
 
 
 # ---- settings, and what works ------------------------------------------------------------------
@@ -106,16 +72,37 @@ def settings() -> str:
 def support() -> str:
     """Make the table of what works from the `feature` marks of the tests."""
     rows = []
+    ran = on_gpu()
+    for place, test, (name, state, *note) in marks("feature"):
+        gpu = ran.pop(name, "")
+        rows.append((name, ": ".join([state, *note]), f"`{place}::{test}`", gpu))
+    assert not ran, f"no row of the table is called {', '.join(ran)}"
+    rows.sort(key=lambda row: row[0].strip("`").lower())
+    heads = ("feature", "state", "shown by", "run on a GPU")
+    return table(rows, {head: itemgetter(i) for i, head in enumerate(heads)}, texts=4)
+
+
+def marks(kind: str) -> Iterator[tuple[Path, str, list[str]]]:
+    """Find the tests with a mark: their file, their name and the mark's arguments."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         place = path.relative_to(ROOT / "tests").with_suffix("")
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.feature":
-                    name, state, *note = map(ast.literal_eval, mark.args)
-                    rows.append((name, ": ".join([state, *note]), f"`{place}::{node.name}`"))
-    rows.sort(key=lambda row: row[0].strip("`").lower())
-    heads = ("feature", "state", "shown by")
-    return table(rows, {head: itemgetter(i) for i, head in enumerate(heads)}, texts=3)
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == f"pytest.mark.{kind}":
+                    yield place, node.name, list(map(ast.literal_eval, mark.args))
+
+
+def on_gpu() -> dict[str, str]:
+    """Name the GPU on which what a row says was run and passed."""
+    report = load("gpu/tests.json")
+    found = {}
+    for place, test, (row,) in marks("on_gpu"):
+        outcome = report["outcomes"].get(f"tests/{place}.py::{test}")
+        if outcome is None or "device" not in report["machine"]:
+            continue
+        passed = outcome.get("passed", 0) and not outcome.get("failed", 0)
+        found[row] = report["machine"]["device"].removeprefix("NVIDIA ") if passed else "failed"
+    return found
 
 
 # ---- time and memory ---------------------------------------------------------------------------
@@ -137,28 +124,6 @@ MEMORY = {
     "`fngd`, later epochs": "fngd later epochs",
     "first epoch, `update_scale=rms`": "fngd first epoch, update_scale=rms",
 }
-
-
-def shape(report: Mapping[str, Any]) -> str:
-    """Name the model and batch of a benchmark."""
-    work = report["workload"]
-    size = f"batch {work['batch_size']}"
-    if work["shapes"] == "resnet18":
-        return f"ResNet-18, 32x32, {size}"
-    layers, width = work["layers"], f"d {work['d_model']}"
-    size += f" × {work['length']}" + (", bf16 autocast" if work.get("bf16") else "")
-    if work["shapes"] == "marian":
-        words = f", {work['vocab_size']:,} words" if work["vocab_size"] > 8000 else ""
-        return f"Marian, {width}, {layers} + {layers} layers{words}, {size}"
-    if work["shapes"] == "lora":
-        return f"LoRA, rank {work['lora_rank']}, a Llama block of {width}, {size}"
-    return f"GPT-2, {width}, {layers} blocks, {size}"
-
-
-def machine(report: Mapping[str, Any], *more: str) -> str:
-    """Name the machine of a measurement, as a paragraph after its table."""
-    place = [f"{report['machine']}, torch {report['torch']}"] if "torch" in report else []
-    return f"\n\nMachine: {'; '.join([*(place or [report['machine']]), *more])}."
 
 
 def variants(names: Mapping[str, str], key: str) -> Columns:
@@ -430,7 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
         settings, support, costs, first_epochs, memory, profiles, checkpointing, store, rules,
         growth, methods, sharing, names, fngd,
     )
-}  # fmt: skip
+} | GPU_TABLES  # fmt: skip
 
 
 if __name__ == "__main__":

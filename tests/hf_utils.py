@@ -1,15 +1,18 @@
-"""A tiny Marian, a tiny data set of token ids, and a short Trainer run over them."""
+"""A tiny Marian, a tiny data set of token ids, and a short Trainer run over them; tiny texts."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     MarianConfig,
     MarianMTModel,
+    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
@@ -105,3 +108,31 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Return whether two sets of weights agree in every bit."""
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+LETTERS = "abcdefghijklmnopqrst"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose words are single letters, for models of 24 tokens."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *LETTERS]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    letters = Tokenizer(model)
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=16,
+        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    )
+
+
+def tiny_texts(rows: int, low: int, high: int, seed: int = 0) -> list[str]:
+    """Return texts of so many letters, all different."""
+    draw, texts = random.Random(seed), {}
+    while len(texts) < rows:
+        texts[" ".join(draw.choices(LETTERS, k=draw.randint(low, high)))] = True
+    return list(texts)

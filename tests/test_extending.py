@@ -22,7 +22,7 @@ from tests.helpers import natural_gradient, sample_gradients
 PACKAGE = Path(hf_fngd.__file__).parent
 # From the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
-    ("errors", "ranks", "solve"),
+    ("errors", "ranks", "scale", "solve", "states"),
     ("config", "layers", "rules"),
     ("capture",),
     ("optimizer",),

@@ -49,7 +49,9 @@ class Batch:
         self.misfits: dict[Any, int] = {}
         # Parameters behind their gate, and the calls that have been delivered, by layer number.
         self.gates: dict[int, tuple[Tensor, Tensor | None, list[Delivery]]] = {}
-        # For a method that keeps coefficients: its store's rows `[N]` and γ `[N, layers]`.
+        # For a method that keeps coefficients: samples that have some, of how many that were looked
+        # up; its store's rows `[N]` and γ `[N, layers]`.
+        self.looked_up = (0, 0)
         self.rows: Tensor | None = None
         self.gamma: Tensor | None = None
         # The columns of γ in the devices and precisions in which they are needed.

@@ -84,6 +84,8 @@ def _gradients(
     batch = None
     if layer.optimizer is not None:
         batch = layer.batches.of_graph(layer, key, x.shape[0])
+        # A compiled model is not asked (`order`): the first dimension is taken for the batch.
+        layer.rows_are_sure = True
     if batch is None or not layer.takes(batch, [call]):
         return layer.kind.gradients(g, x, weight, bias)
     if not batch.fresh:

@@ -7,16 +7,26 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fngd.errors import FNGDError
-from hf_fngd.hf.samples import SampleHook, fingerprint, has_rows
+from hf_fngd.hf.row_numbers import has_rows, number
+from hf_fngd.hf.samples import SampleHook, fingerprint
 from hf_fngd.optimizer import LayerOptimizer
 
 logger = logging.getLogger(__name__)
 _LOW_REUSE = 0.9
+_CHANGING = (
+    "Random augmentation, masking or generation changes the content: use FNGDTrainer (row numbers) "
+    "where the data loader changes it, or set share=layer or none"
+)
+_CHANGED = (
+    "The first epoch left them out (dataloader_drop_last), or they have no row numbers (several "
+    "rows for one of the data set, a loader that accelerate has not prepared) and their content "
+    "changes: if the rate stays low, set share=layer or none"
+)
 
 
 def unwrap_optimizer(optimizer: Any) -> LayerOptimizer | None:
@@ -89,17 +99,24 @@ class FNGDCallback(TrainerCallback):
     """Runs a method of the package inside a Trainer; does nothing with other optimizers.
 
     Args:
-        announces: Whether batches must be announced by hashing their content, as in a stock
-            Trainer. `FNGDTrainer` announces row numbers itself.
+        announces: Whether batches are announced when the model gets them, as in a stock Trainer.
+            `FNGDTrainer` announces the batches of its loader before that.
     """
 
     def __init__(self, announces: bool = True) -> None:
         self.announces = announces
+        self.hook: SampleHook | None = None
         self._handle: Any = None
         self._epoch = -1
         self._warned = False
+        # Parameters that train although the optimizer does not have them, as the user made them.
+        self._others: set[int] | None = None
         self._clipped: Tensor | float = 0.0
         self._norms_seen = 0
+
+    def stop_warning(self) -> None:
+        """Give no warning of samples that do not find their coefficients again."""
+        self._warned = True
 
     def count_norm(self, norm: Tensor | float, bound: float) -> None:
         """Count a step towards the share of clipped steps.
@@ -138,10 +155,14 @@ class FNGDCallback(TrainerCallback):
         optimizer.bind_dataset(rows, fingerprint(data))
         optimizer.attach()
         self._remove_hook()
-        if self.announces:
-            hook = SampleHook(optimizer)
-            self._handle = kwargs["model"].register_forward_pre_hook(hook, with_kwargs=True)
+        if not self.announces:
+            # A loader of the user's own `get_train_dataloader`.
+            number(loader)
+        # A hook would break the graph of a compiled model, and is seldom needed.
+        if self.announces or not args.torch_compile:
+            self.listen(kwargs["model"], optimizer)
         self._epoch = -1
+        self._others = {id(p) for _, p in _strangers(kwargs["model"], optimizer)}
         if state.is_world_process_zero:
             title, selection = optimizer.config.title, optimizer.selection
             logger.info("%s layers:\n%s", title, selection)
@@ -152,6 +173,17 @@ class FNGDCallback(TrainerCallback):
                 len(selection.chosen),
                 len(selection.left_out),
             )
+
+    def listen(self, model: nn.Module, optimizer: LayerOptimizer) -> None:
+        """Announce what the model gets; does nothing where this is so already.
+
+        Args:
+            model: The model without wrappers.
+            optimizer: Its optimizer.
+        """
+        if self._handle is None:
+            self.hook = SampleHook(optimizer)
+            self._handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
 
     def on_epoch_begin(
         self,
@@ -181,12 +213,39 @@ class FNGDCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Tell the method the scale of the loss, as far as the arguments know it."""
+        """Tell the method the scale of the loss, as far as the arguments know it.
+
+        Raises:
+            FNGDError: If no parameter of the model trains any more.
+        """
         wrapper = kwargs.get("optimizer")
         optimizer = unwrap_optimizer(wrapper)
-        if optimizer is not None:
-            scaler = getattr(wrapper, "scaler", None)
-            tell_loss_scale(optimizer, args.gradient_accumulation_steps, scaler)
+        if optimizer is None:
+            return
+        scaler = getattr(wrapper, "scaler", None)
+        tell_loss_scale(optimizer, args.gradient_accumulation_steps, scaler)
+        self._look_at_parameters(kwargs["model"], optimizer)
+
+    def _look_at_parameters(self, model: nn.Module, optimizer: LayerOptimizer) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise FNGDError(
+                "no parameter of the model trains any more (merge_and_unload of PEFT leaves the "
+                "frozen base): change the model after train(), or give it to a new Trainer"
+            )
+        if self._others is None:
+            return
+        new = [name for name, p in _strangers(model, optimizer) if id(p) not in self._others]
+        if new:
+            self._others = None
+            logger.warning(
+                "%s: %d parameters train that the optimizer does not have, the first is %s: they "
+                "were thawed or added after it was made, and keep their values. Freeze layers "
+                "after the optimizer has been made (in on_train_begin) to thaw them later, and add "
+                "layers before that",
+                optimizer.config.title,
+                len(new),
+                new[0],
+            )
 
     def on_step_end(
         self,
@@ -221,9 +280,9 @@ class FNGDCallback(TrainerCallback):
             self._warned = True
             logger.warning(
                 "FNGD: only %.0f %% of this epoch's samples have stored coefficients, the others "
-                "are computed afresh at the cost of a first epoch. Random augmentation or masking "
-                "changes the content: use FNGDTrainer (row numbers), or share=layer or none",
+                "are computed afresh at the cost of a first epoch. %s",
                 100 * rate,
+                _CHANGING if self.announces else _CHANGED,
             )
 
     def on_log(
@@ -275,7 +334,13 @@ class FNGDCallback(TrainerCallback):
     def _remove_hook(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+            self._handle = self.hook = None
+
+
+def _strangers(model: nn.Module, optimizer: LayerOptimizer) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of a model that train and are not the optimizer's."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
 
 
 def _has_length(loader: DataLoader | None) -> bool:

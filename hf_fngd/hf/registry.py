@@ -1,18 +1,20 @@
 """`--optim fngd` and the other names, registered with transformers, which has no hook for that.
 
-Five places of transformers change, each once: the `OptimizerNames` enum gets members (so that
+Six places of transformers change, each once: the `OptimizerNames` enum gets members (so that
 argument parsers and `TrainingArguments` accept the names), `TrainingArguments.__post_init__` checks
 `--optim_args` of these names (so that a wrong one is refused before anything is loaded), the static
 `Trainer.get_optimizer_cls_and_kwargs` gets a branch for them, `FNGDCallback` joins the default
-callbacks, where it does nothing unless the optimizer is one of the package, and `Trainer.train`
-lets go of the model also where it ends by an exception or an interrupt.
+callbacks, where it does nothing unless the optimizer is one of the package, `Trainer.train` lets
+go of the model also where it ends by an exception or an interrupt, and a resumed epoch keeps the
+row numbers of its loader (`skip_first_batches`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import transformers
@@ -23,6 +25,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.hf.callback import FNGDCallback, refuse_unsupported
+from hf_fngd.hf.row_numbers import numbered_again
 from hf_fngd.methods import METHODS, PlainOptimizer
 from hf_fngd.optimizer import LayerOptimizer
 
@@ -33,6 +36,8 @@ OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], str | None]] = {
     "fngd_muon": (METHODS["fngd"], "muon"),
     "muon": (PlainOptimizer, "muon"),
 }
+# Where `settings_of` keeps them, among the attributes of the arguments.
+_SETTINGS = "_fngd_settings"
 _ENUM_TABLES = ("_member_names_", "_member_map_", "_value2member_map_")
 
 
@@ -129,6 +134,24 @@ def optimizer_arguments(
     return kind, {"lr": args.learning_rate, "module": model, "config": config}
 
 
+@contextlib.contextmanager
+def settings_of(args: TrainingArguments, config: OptimizerConfig) -> Iterator[None]:
+    """Let the Trainer of these arguments make the optimizer of a config, whatever they name.
+
+    Args:
+        args: Training arguments.
+        config: Settings.
+
+    Yields:
+        Nothing.
+    """
+    vars(args)[_SETTINGS] = config
+    try:
+        yield
+    finally:
+        del vars(args)[_SETTINGS]
+
+
 def register() -> None:
     """Register the optimizer names with transformers; calling it again changes nothing.
 
@@ -142,7 +165,7 @@ def register() -> None:
             ("OptimizerNames", OptimizerNames, _ENUM_TABLES),
             ("TrainingArguments", TrainingArguments, ("__post_init__",)),
             ("Trainer", trainer_class, ("get_optimizer_cls_and_kwargs", "train")),
-            ("transformers.trainer", trainer_module, ("DEFAULT_CALLBACKS",)),
+            ("transformers.trainer", trainer_module, ("DEFAULT_CALLBACKS", "skip_first_batches")),
         )
         for name in names
         if not hasattr(holder, name)
@@ -157,6 +180,7 @@ def register() -> None:
     _wrap(TrainingArguments, "__post_init__", _checked)
     _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _dispatched)
     _wrap(trainer_class, "train", _released)
+    _wrap(trainer_module, "skip_first_batches", numbered_again)
     if FNGDCallback not in trainer_module.DEFAULT_CALLBACKS:
         trainer_module.DEFAULT_CALLBACKS.append(FNGDCallback)
 
@@ -200,9 +224,12 @@ def _checked(original: Any) -> Callable[..., Any]:
 
 def _dispatched(original: Any) -> Callable[..., Any]:
     def dispatch(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        if optimizer_name(args) in OPTIMIZERS:
-            return optimizer_arguments(args, model, config_from_args(args))
-        return original(args, model)
+        config = vars(args).get(_SETTINGS)
+        if config is None and optimizer_name(args) in OPTIMIZERS:
+            config = config_from_args(args)
+        if config is None:
+            return original(args, model)
+        return optimizer_arguments(args, model, config)
 
     return dispatch
 

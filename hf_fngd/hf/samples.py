@@ -1,14 +1,14 @@
-"""Which data set rows are in a batch, and how the optimizer is told.
+"""Which samples are in a batch, and how the optimizer is told.
 
-Row numbers travel in an extra column past the collator (`with_index`, `IndexCollator`). A stock
-Trainer has no such column: there a hash of the content identifies each sample (`content_ids`).
-Either way `announce` tells the optimizer before the forward pass.
+Batches of `FNGDTrainer` have row numbers (`row_numbers`). Those of a stock Trainer have none: there
+a hash of the content identifies each sample (`content_ids`). Either way `announce` tells the
+optimizer before the forward pass.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -16,42 +16,48 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.errors import FNGDError
+from hf_fngd.hf.row_numbers import has_rows, named_tensors, rows_of
 from hf_fngd.methods.fisher_labels import named_inputs
 from hf_fngd.optimizer import LayerOptimizer
 
-INDEX_COLUMN = "fngd_row"
 # Odd 64-bit constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers.
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+_CHOICE_SHIFT = 40
 _MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features")
 
 
 # ---- telling the optimizer -------------------------------------------------------------------
 
 
-def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) -> None:
+def announce(optimizer: LayerOptimizer, model: nn.Module, inputs: Any) -> int | None:
     """Tell the optimizer which samples the next forward pass holds.
 
     Args:
-        optimizer: The optimizer; None if it is not one of the package.
+        optimizer: The optimizer.
         model: The unwrapped model.
-        inputs: The model's inputs by name, nested or in a list; `INDEX_COLUMN` is taken out.
-            Without it the content is hashed, as it is where packing made one row of several.
+        inputs: The model's inputs by name, nested or in a list. Their content is hashed where they
+            have no row numbers, and where a batch has several rows for each of its numbers, as the
+            pairs of a preference loss, or holds several samples in one row. A sample is what has a
+            row in the layers: each text of a pair, each choice of a question.
+
+    Returns:
+        Number of rows; None where the inputs hold no tensor, and nothing was announced.
 
     Raises:
         FNGDError: For a packed row, under a method that needs one row a sample.
     """
-    rows = inputs.pop(INDEX_COLUMN, None) if isinstance(inputs, MutableMapping) else None
-    if optimizer is None or not optimizer.captured:
-        return
-    if not (isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values()))):
-        inputs = dict(_tensors(inputs))
+    rows = rows_of(inputs)
+    inputs, choices = _row_by_row(model, _by_name(inputs))
     size = batch_size(inputs)
     if size is None:
-        return
+        return None
+    if rows is not None and choices > 1:
+        # Numbers of choices lie far beyond those of rows.
+        rows = [row + (choice << _CHOICE_SHIFT) for row in rows for choice in range(choices)]
     lengths = packed_lengths(inputs)
     samples = size if lengths is None else len(lengths)
     ids: Any = range(samples)
-    if rows is not None and (lengths is None or len(rows) == samples):
+    if rows is not None and _one_each(rows, inputs, lengths):
         ids = rows
     elif optimizer.needs_rows:
         config = getattr(model, "config", None)
@@ -62,10 +68,16 @@ def announce(optimizer: LayerOptimizer | None, model: nn.Module, inputs: Any) ->
             eos if isinstance(eos, int) else -1,
         )
     optimizer.set_batch(ids, lengths)
+    return size
 
 
 class SampleHook:
-    """Forward pre-hook on the model of a stock Trainer: announces every batch by its content.
+    """Forward pre-hook on a model: announces what the model gets.
+
+    In a stock Trainer that is every forward pass. `FNGDTrainer` announces the whole batch before
+    its training step and says how many rows it has. Once the model gets another number of them
+    (two columns of text in one forward pass, a part of the batch, texts that were generated from
+    it), each further forward pass of the step is announced.
 
     Args:
         optimizer: The optimizer.
@@ -73,40 +85,84 @@ class SampleHook:
 
     def __init__(self, optimizer: LayerOptimizer | None) -> None:
         self.optimizer = optimizer
+        # Rows of the batch that has been announced; None: to be announced at each forward pass.
+        self.size: int | None = None
 
     # Which samples these are depends on their content: no work for a compiled graph.
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
-        if self.optimizer is not None and torch.is_grad_enabled():
-            announce(self.optimizer, module, named_inputs(module, args, kwargs))
+        if self.optimizer is None or not self.optimizer.captured or not torch.is_grad_enabled():
+            return
+        inputs = named_inputs(module, args, kwargs)
+        main = _main_input(_row_by_row(module, _by_name(inputs))[0])
+        if main is not None and len(main) != self.size:
+            self.size = None
+        if self.size is None:
+            announce(self.optimizer, module, inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model must not speak to the original's optimizer.
         return SampleHook, (None,)
 
 
+def _by_name(inputs: Any) -> Mapping[str, Any]:
+    """Bring a batch into a mapping with tensors."""
+    while isinstance(inputs, Mapping) and len(inputs) == 1:
+        (only,) = inputs.values()
+        if not isinstance(only, Mapping):
+            break
+        inputs = only
+    if isinstance(inputs, Mapping) and any(map(_has_rows, inputs.values())):
+        return inputs
+    return dict(named_tensors(inputs))
+
+
+def _row_by_row(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """Give every choice of a question its own row, as transformers' models do inside.
+
+    Returns:
+        The inputs, and the number of choices: 1 for any other model.
+    """
+    main = inputs.get("input_ids")
+    if not isinstance(main, Tensor) or main.dim() != 3 or not _has_choices(model):
+        return inputs, 1
+    questions, choices = main.shape[:2]
+    found = {}
+    for key, value in inputs.items():
+        if _has_rows(value) and value.shape[:2] == main.shape[:2]:
+            found[key] = value.flatten(0, 1)
+        elif _has_rows(value) and len(value) == questions:
+            found[key] = value.repeat_interleave(choices, 0)
+    return found, choices
+
+
+def _has_choices(model: nn.Module) -> bool:
+    return any(type(one).__name__.endswith("ForMultipleChoice") for one in model.modules())
+
+
+def _main_input(inputs: Mapping[str, Any]) -> Tensor | None:
+    return next((inputs[key] for key in _MAIN_INPUTS if _has_rows(inputs.get(key))), None)
+
+
+def _one_each(
+    rows: Sequence[int], inputs: Mapping[str, Any], lengths: Sequence[int] | None
+) -> bool:
+    """Return whether each row number stands for one sample of the batch."""
+    if lengths is not None:
+        return len(rows) == len(lengths)
+    main = _main_input(inputs)
+    return main is None or len(main) == len(rows) or len(main) % len(rows) != 0
+
+
 def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _tensors(inputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a nested batch, by dotted names."""
-    items: Iterable[tuple[Any, Any]] = inputs.items() if isinstance(inputs, Mapping) else ()
-    if isinstance(inputs, list | tuple):
-        items = enumerate(inputs)
-    for name, value in items:
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        else:
-            yield from _tensors(value, f"{prefix}{name}.")
-
-
 def batch_size(inputs: Mapping[str, Any]) -> int | None:
     """Return the number of rows of the first tensor that has them; None without a tensor."""
-    for key in (*_MAIN_INPUTS, *inputs):
-        if _has_rows(inputs.get(key)):
-            return len(inputs[key])
-    return None
+    main = _main_input(inputs)
+    first = next(filter(_has_rows, inputs.values()), None) if main is None else main
+    return None if first is None else len(first)
 
 
 # ---- packed rows -----------------------------------------------------------------------------
@@ -179,96 +235,6 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1
 
 
-# ---- index column ----------------------------------------------------------------------------
-
-
-class IndexedDataset(torch.utils.data.Dataset):
-    """Adds its row number to every item of a data set.
-
-    Args:
-        rows: A data set with a length.
-    """
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> Any:
-        return _number(self.rows[row], row)
-
-    def __getitems__(self, rows: list[int]) -> list[Any]:  # noqa: PLW3201
-        many = getattr(self.rows, "__getitems__", None)
-        items = many(rows) if many is not None else [self.rows[row] for row in rows]
-        return [_number(item, row) for item, row in zip(items, rows, strict=True)]
-
-
-class IndexCollator:
-    """Carries the row numbers past a data collator, as a list of ints under `INDEX_COLUMN`.
-
-    Args:
-        collator: The collator of the user. Rows without a number pass through unchanged.
-        as_tensor: Whether the numbers are a tensor instead, as they must be where one process reads
-            the batches of all; a list is not moved to the device and back.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any], as_tensor: bool = False) -> None:
-        self.collator, self.as_tensor = collator, as_tensor
-
-    def __call__(self, features: list[Any]) -> Any:  # noqa: D102
-        rows: list[int] = []
-        items: list[Any] = []
-        for feature in features:
-            if isinstance(feature, _NumberedItem):
-                rows.append(feature.row)
-                items.append(feature.item)
-            elif isinstance(feature, Mapping) and INDEX_COLUMN in feature:
-                rows.append(int(feature[INDEX_COLUMN]))
-                items.append({k: v for k, v in feature.items() if k != INDEX_COLUMN})
-            else:
-                items.append(feature)
-        batch = self.collator(items)
-        if len(rows) == len(features) and isinstance(batch, MutableMapping):
-            batch[INDEX_COLUMN] = torch.tensor(rows) if self.as_tensor else rows
-        return batch
-
-
-class _NumberedItem:
-    """An item that is not a mapping, with its row number."""
-
-    def __init__(self, item: Any, row: int) -> None:
-        self.item, self.row = item, row
-
-
-def _number(item: Any, row: int) -> Any:
-    return {**item, INDEX_COLUMN: row} if isinstance(item, Mapping) else _NumberedItem(item, row)
-
-
-def with_index(dataset: Any) -> Any:
-    """Add row numbers to a training set.
-
-    Args:
-        dataset: A data set with a length.
-
-    Returns:
-        A `datasets.Dataset` with the column where that works, else a wrapper.
-    """
-    if isinstance(dataset, datasets.Dataset) and INDEX_COLUMN not in dataset.column_names:
-        indexed = dataset.add_column(INDEX_COLUMN, list(range(len(dataset))))
-        # A transform may drop columns it does not know.
-        if len(indexed) and INDEX_COLUMN in indexed[0]:
-            return indexed
-    return IndexedDataset(dataset)
-
-
-def has_rows(dataset: Any) -> bool:
-    """Return whether a data set has numbered rows; streams have none, with or without a length."""
-    if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset):
-        return False
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-
-
 def fingerprint(dataset: Any) -> str:
     """Identify a data set by its length and, for `datasets`, by columns and a few rows.
 
@@ -282,7 +248,7 @@ def fingerprint(dataset: Any) -> str:
     text = f"{length} rows"
     if isinstance(dataset, datasets.Dataset) and length > 0:
         plain = dataset.with_format("arrow")
-        columns = [name for name in dataset.column_names if name != INDEX_COLUMN]
+        columns = dataset.column_names
         chosen = sorted({round(i * (length - 1) / 7) for i in range(8)})
         rows = [plain[i].select(columns).to_pylist() for i in chosen]
         digest = hashlib.sha256(repr((columns, rows)).encode()).hexdigest()[:12]
@@ -338,6 +304,8 @@ def _hashed_keys(inputs: Mapping[str, Any]) -> list[str]:
         and value.dim() > 0
         and len(value) == rows
         and value.dtype != torch.bool
+        # What a model has computed is no input: losses that call it twice give it its own output.
+        and not value.requires_grad
         and not key.endswith("mask")
         and key != "position_ids"
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +18,11 @@ from hf_fngd.hf.checkpoints import check_complete, last_complete, reading
 from hf_fngd.hf.registry import (
     OPTIMIZERS,
     config_from_args,
-    optimizer_arguments,
     optimizer_name,
+    settings_of,
 )
-from hf_fngd.hf.samples import INDEX_COLUMN, IndexCollator, announce, has_rows, with_index
+from hf_fngd.hf.row_numbers import number
+from hf_fngd.hf.samples import announce
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -122,8 +124,8 @@ class FNGDMixin(LossScaleMixin):
 
     `class MySFTTrainer(FNGDMixin, SFTTrainer): pass` adapts a Trainer of your own.
 
-    Row numbers travel through the collator in an extra column, so that coefficients belong to
-    samples even under random augmentation.
+    Batches know their row numbers (`row_numbers`), so that coefficients belong to samples even
+    under random augmentation.
 
     Args:
         *args: Arguments of the Trainer.
@@ -138,13 +140,17 @@ class FNGDMixin(LossScaleMixin):
     # The Trainer's own.
     optimizer_cls_and_kwargs: Any
     train_dataset: Any
-    data_collator: Any
+    model: Any
+    training_step: Any
 
     def __init__(
         self, *args: Any, fngd_config: OptimizerConfig | None = None, **kwargs: Any
     ) -> None:
         self._fngd_config = fngd_config
+        self._warned_of_generation = False
         super().__init__(*args, **kwargs)
+        # In the instance: a subclass may have a training step that does not call ours.
+        self.training_step = _announcing(self)
         self._fngd_callback = FNGDCallback(announces=False)
         callbacks = self.callback_handler.callbacks
         # In the place of the registered one: before the reporters, which print what it adds.
@@ -189,13 +195,8 @@ class FNGDMixin(LossScaleMixin):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            model = args[0] if args and args[0] is not None else self.model
-            found = optimizer_arguments(self.args, model, self._settings())
-            self.optimizer_cls_and_kwargs = found
-            try:
+            with settings_of(self.args, self._settings()):
                 return super().create_optimizer(*args, **kwargs)
-            finally:
-                self.optimizer_cls_and_kwargs = None
         return super().create_optimizer(*args, **kwargs)
 
     def train(  # noqa: D102
@@ -216,34 +217,50 @@ class FNGDMixin(LossScaleMixin):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> Any:  # noqa: D102
-        dataset, collator = self.train_dataset, self.data_collator
-        if not has_rows(dataset):
-            return super().get_train_dataloader()
-        self._set_signature_columns_if_needed()
-        if INDEX_COLUMN not in self._signature_columns:
-            self._signature_columns.append(INDEX_COLUMN)
-        dispatched = bool(self.accelerator.dispatch_batches)
-        self.train_dataset = with_index(dataset)
-        self.data_collator = IndexCollator(collator, as_tensor=dispatched)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.data_collator = dataset, collator
+        return number(super().get_train_dataloader())
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+    def _announce(self, model: nn.Module, inputs: Any) -> None:
+        """Tell the optimizer what there is to tell of a batch before its training step."""
         optimizer = unwrap_optimizer(self.optimizer)
-        if optimizer is not None:
-            # The last window of an epoch may be shorter than the callback knows.
-            steps = getattr(self, "current_gradient_accumulation_steps", 1)
-            tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
-        announce(optimizer, self.accelerator.unwrap_model(model), inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        if optimizer is None or not optimizer.captured:
+            return
+        # The last window of an epoch may be shorter than the callback knows.
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        tell_loss_scale(optimizer, steps, getattr(self.accelerator, "scaler", None))
+        model = self.accelerator.unwrap_model(model)
+        callback, size = self._fngd_callback, announce(optimizer, model, inputs)
+        if size is None:
+            callback.listen(self.model, optimizer)
+            if optimizer.needs_rows and not self._warned_of_generation:
+                self._warned_of_generation = True
+                callback.stop_warning()
+                logger.warning(
+                    "%s: batches hold no tensors, so samples are known by what the model gets. "
+                    "Rows that are generated, as in GRPO, are new at every step, and their "
+                    "coefficients are never used again: set share=none or share=layer",
+                    optimizer.config.title,
+                )
+        if callback.hook is not None:
+            callback.hook.size = size
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
         norm = super()._clip_grad_norm(model)
         if norm is not None:
             self._fngd_callback.count_norm(norm, self.args.max_grad_norm)
         return norm
+
+
+def _announcing(trainer: FNGDMixin) -> Callable[..., Any]:
+    """Return a training step that announces the batch, then does that of the Trainer's class."""
+    # A Trainer that holds itself would keep the model in memory until Python looks for cycles.
+    this = weakref.ref(trainer)
+
+    def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = this()
+        trainer._announce(model, inputs)
+        return type(trainer).training_step(trainer, model, inputs, *args, **kwargs)
+
+    return training_step
 
 
 class FNGDTrainer(FNGDMixin, Trainer):

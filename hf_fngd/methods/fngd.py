@@ -110,7 +110,7 @@ class FNGDLayer(LayerMethod):
     optimizer: FNGD
 
     def weights(self, batch: Batch, call: Call) -> Tensor:
-        batch.used = True
+        self.optimizer.use(batch)
         gamma = self.optimizer.columns(batch, call.g)[self.number]
         if gamma.shape[0] == 1:
             # share=layer
@@ -121,7 +121,7 @@ class FNGDLayer(LayerMethod):
         self, batch: Batch, calls: list[Call], bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         fngd = self.optimizer
-        batch.used = True
+        fngd.use(batch)
         first = self.count_delivery(batch, "with its own coefficients")
         grads = self._natural(batch, calls, bias)
         if fngd.needs_loss_scale:
@@ -222,6 +222,10 @@ class FNGD(LayerOptimizer):
             self.store = LayerStore(len(self.layer_names))
         # Coefficients that are not in the store yet: those of each batch, by layer number.
         self._unwritten: dict[Batch, dict[int, Tensor]] = {}
+        # Layers that were frozen when coefficients were computed, and the epoch in which these are
+        # computed once more because such a layer trains again.
+        self._frozen: set[int] = set()
+        self._again = -1
         self._fingerprint: str | None = None
         self._loaded_fingerprint: str | None = None
 
@@ -229,7 +233,8 @@ class FNGD(LayerOptimizer):
     def collecting(self) -> bool:
         """Whether this epoch computes coefficients for every batch."""
         every = self.config.refresh_every
-        return self.store is None or (self.epoch % every if every else self.epoch) == 0
+        first = (self.epoch % every if every else self.epoch) == 0
+        return self.store is None or first or self.epoch == self._again
 
     @property
     def needs_rows(self) -> bool:
@@ -279,6 +284,7 @@ class FNGD(LayerOptimizer):
         lengths: list[int] | None,
     ) -> Batch:
         self._write()
+        self._notice_thawed()
         batch = super().new_batch(sample_ids, size, lengths)
         if not isinstance(self.store, SampleStore):
             return batch
@@ -288,11 +294,11 @@ class FNGD(LayerOptimizer):
         batch.rows = self.store.locate(ids, create=False)
         known = self.store.count_known(batch.rows)
         if not self.collecting:
-            self.counters.count_rows(known, len(ids))
+            batch.looked_up = known, len(ids)
         # A sample without coefficients makes its batch one of the first epoch.
         batch.fresh |= known < len(ids)
         if batch.fresh:
-            batch.rows = self.store.locate(ids, create=True)
+            batch.rows = self.store.locate(ids, create=True, bounded=not self.collecting)
         else:
             batch.gamma = self.stored(batch)
         return batch
@@ -310,8 +316,32 @@ class FNGD(LayerOptimizer):
                 "where there is no GradScaler"
             )
 
+    def _notice_thawed(self) -> None:
+        """Compute all coefficients once more if a layer trains again that has none."""
+        if self.store is None:
+            return
+        weights = {layer.number: layer.parameters()[0] for layer in self.layers}
+        training = {number for number, w in weights.items() if w is not None and w.requires_grad}
+        if self._frozen & training and not self.collecting:
+            self._again = self.epoch
+            self.batches.fresh = True
+            logger.info(
+                "FNGD: %s trains again: coefficients are computed in the rest of the epoch",
+                self.layer_names[min(self._frozen & training)],
+            )
+        self._frozen -= training
+        if self.collecting:
+            self._frozen |= {layer.number for layer in self.layers} - training
+
+    def use(self, batch: Batch) -> None:
+        """Note that a layer's backward pass has come to a batch."""
+        if not batch.used:
+            batch.used = True
+            self.counters.count_rows(*batch.looked_up)
+
     def end_step(self) -> None:
         self._write()
+        self._notice_thawed()
         super().end_step()
 
     def detach(self) -> None:
@@ -431,15 +461,23 @@ class FNGD(LayerOptimizer):
 
         Args:
             num_samples: Rows of the data set, if it has a length: bounds the coefficient store.
-            fingerprint: Any text that changes with the data.
+            fingerprint: Any text that changes with the data. Coefficients of the data that were
+                bound before are forgotten where it is another one.
 
         Raises:
             FNGDError: If loaded coefficients belong to other data.
         """
         self._check_data(self._loaded_fingerprint, fingerprint)
-        self._fingerprint = fingerprint
-        if isinstance(self.store, SampleStore) and self.store.num_samples is None:
-            self.store.num_samples = num_samples
+        if isinstance(self.store, SampleStore):
+            if self._fingerprint not in (None, fingerprint):
+                # Row numbers mean other samples from now on.
+                self._write()
+                self.store.clear()
+                self.store.num_samples = None
+            if self.store.num_samples is None:
+                self.store.num_samples = num_samples
+        if fingerprint is not None:
+            self._fingerprint, self._loaded_fingerprint = fingerprint, None
 
     def _check_data(self, loaded: str | None, present: str | None) -> None:
         if self.needs_rows and None not in (loaded, present) and loaded != present:
@@ -454,6 +492,7 @@ class FNGD(LayerOptimizer):
             "epoch": self.epoch,
             "store": None if self.store is None else self.store.state_dict(),
             "data": self._fingerprint or self._loaded_fingerprint,
+            "frozen": sorted(self._frozen),
         }
 
     def load_method_state(self, saved: dict[str, Any]) -> None:
@@ -462,7 +501,8 @@ class FNGD(LayerOptimizer):
         self.batches.close()
         if self.store is not None:
             self.store.load_state_dict(saved["store"])
-        self.epoch = saved["epoch"]
+        self.epoch, self._again = saved["epoch"], -1
+        self._frozen = set(saved["frozen"])
         self.batches.fresh = self.collecting
         self._loaded_fingerprint = saved["data"]
 

@@ -211,7 +211,7 @@ class PreconditionedOptimizer(LayerOptimizer):
             # A weight that is in no group does not move.
             known = [rates.get(id(m.get_parameter("weight")), 0.0) for m, _ in active]
             self._kl_scale = kl_scale(self.config.kl_clip, known, dampings, means, directions)
-            directions = [v * self._kl_scale.to(v.dtype) for v in directions]
+            directions = [v * self._kl_scale.to(v) for v in directions]
         for (module, layer), v in zip(active, directions, strict=True):
             _write(module, layer, v)
 
@@ -373,8 +373,9 @@ def kl_scale(
         torch.where(damping > 0, rate**2 * damping * (v * m).sum().abs(), 0.0)
         for rate, damping, m, v in zip(rates, dampings, means, directions, strict=True)
     ]
-    # Not stacked: layers may differ in precision and device.
-    scale = (bound / sum(changes, torch.zeros((), device="cpu"))).sqrt().clamp(max=1.0)
+    # Not stacked: layers may differ in precision, and in device.
+    total = sum((change.to(changes[0].device) for change in changes[1:]), changes[0])
+    scale = (bound / total).sqrt().clamp(max=1.0)
     return torch.where(scale.isnan(), 0.0, scale)
 
 

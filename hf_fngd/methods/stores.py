@@ -84,15 +84,17 @@ class LayerStore:
 class SampleStore:
     """One coefficient for each data set row and layer (share=sample).
 
-    Memory: 4 bytes (float32) or 2 (float16) x rows x layers. Without `num_samples` the table grows
-    by a quarter at a time as ids appear, and each new epoch cuts it to size. Ids are row numbers
-    below `num_samples`, or any 64-bit integers, which also need a dictionary. With a folder the
-    table lies in a file there, and so does the copy from which a checkpoint is written.
+    Memory: 4 bytes (float32) or 2 (float16) x samples x layers. Ids are row numbers below
+    `num_samples`, or any 64-bit integers, which also need a dictionary. With these, or without
+    `num_samples`, the table grows by a quarter at a time as ids appear, and each new epoch cuts it
+    to size. With a folder the table lies in a file there, and so does the copy from which a
+    checkpoint is written.
 
     Args:
         num_layers: Number of selected layers.
         dtype: torch.float32 or torch.float16.
-        num_samples: Rows of the data set, if known. Rows beyond it are not stored.
+        num_samples: Rows of the data set, if known. An epoch that reuses coefficients adds no
+            samples beyond it, so that contents that change all the time do not fill the memory.
         folder: Folder of the table; None for main memory.
     """
 
@@ -114,36 +116,44 @@ class SampleStore:
 
     def start_epoch(self, collecting: bool) -> None:
         """Give back the memory of rows that growth left unused."""
+        if collecting and self.rows is not None and len(self.rows) > (self.num_samples or 0):
+            # All coefficients are computed anew, and contents that have changed never come back.
+            self.clear()
         if self._used() < len(self.table):
             self._resize(self._used())
 
-    def locate(self, ids: Sequence[int], *, create: bool) -> Tensor:
+    def clear(self) -> None:
+        """Forget all samples."""
+        self.table = self.table[:0].clone()
+        self.known, self.dirty = torch.zeros(2, 0, dtype=torch.bool, device="cpu")
+        self.rows = self._means = None
+
+    def locate(self, ids: Sequence[int], *, create: bool, bounded: bool = False) -> Tensor:
         """Find the table rows of sample ids.
 
         Args:
             ids: Sample ids of a batch.
             create: Whether to make rows for new ids.
+            bounded: Whether to make no more of them than the data set has rows.
 
         Returns:
             Row numbers `[N]`, -1 where an id has none.
         """
-        if self.rows is None and self.num_samples is not None and len(self.table) == 0:
-            if all(0 <= i < self.num_samples for i in ids):
-                self._resize(self.num_samples)
-            else:
-                self.rows = {}
-        elif self.rows is None and self.num_samples is None:
-            self.rows = {}
+        expected = self.num_samples or 0
+        if self.rows is None and not all(0 <= i < expected for i in ids):
+            # Ids other than row numbers; the numbers that came before keep their rows.
+            self.rows = {i: i for i in range(len(self.table))}
         if self.rows is None:
-            limit = len(self.table)
-            return _numbers([i if 0 <= i < limit else -1 for i in ids])
+            if len(self.table) == 0:
+                self._resize(expected)
+            return _numbers(ids)
         if create:
             for i in ids:
-                if self.num_samples is None or len(self.rows) < self.num_samples:
+                if not bounded or self.num_samples is None or len(self.rows) < self.num_samples:
                     self.rows.setdefault(i, len(self.rows))
             if len(self.rows) > len(self.table):
                 grown = max(_MIN_ROWS, int(len(self.table) * _GROWTH), len(self.rows))
-                self._resize(min(grown, self.num_samples or grown))
+                self._resize(min(grown, expected) if len(self.rows) <= expected else grown)
         return _numbers([self.rows.get(i, -1) for i in ids])
 
     def _resize(self, rows: int) -> None:
@@ -281,7 +291,7 @@ class SampleStore:
         self.dirty = state["dirty"].cpu().clone()
 
 
-def _numbers(rows: list[int]) -> Tensor:
+def _numbers(rows: Sequence[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.long, device="cpu")
 
 

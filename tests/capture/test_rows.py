@@ -35,7 +35,7 @@ def loss_of(model, length, seed=0):
     return F.cross_entropy(model(ids), torch.arange(BATCH) % 3), ids
 
 
-@pytest.mark.feature("Sequence-first layers", "works", "left out, also where T = N")
+@pytest.mark.feature("Sequence-first layers (FSMT)", "works", "left out, also where T = N")
 @pytest.mark.parametrize("lengths", [(5, 4, 5), (4, 5), (5, 5, 5, 6)])
 def test_sequence_first_layers_are_plain(lengths):
     model = SequenceFirst().double()

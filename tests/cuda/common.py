@@ -135,6 +135,8 @@ def step(
 ) -> Tensor:
     """Take one step, and return the loss without waiting for it."""
     optimizer.set_batch(rows)
+    # As a Trainer does; finding it out would wait for the device.
+    optimizer.set_loss_scale()
     loss = nn.functional.cross_entropy(model(inputs), labels)
     loss.backward()
     optimizer.step()

@@ -1,9 +1,17 @@
-"""Float32 means float32, algorithms are repeatable, and what tests measured is printed last."""
+"""Float32 means float32, algorithms are repeatable, and what tests measured is printed last.
 
+HF_FNGD_GPU_REPORT names a JSON file for the outcomes, of which the table of what works tells.
+"""
+
+import collections
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +37,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
         for line in lines:
             terminalreporter.line(line)
+    if "HF_FNGD_GPU_REPORT" in os.environ:
+        outcomes: dict[str, dict[str, int]] = {}
+        for outcome in ("passed", "failed", "skipped"):
+            reports = terminalreporter.getreports(outcome)
+            names = [one.nodeid.partition("[")[0] for one in reports]
+            for name, count in collections.Counter(names).items():
+                outcomes.setdefault(name, {})[outcome] = count
+        machine = {"torch": torch.__version__, "transformers": transformers.__version__}
+        if torch.cuda.is_available():
+            machine["device"] = torch.cuda.get_device_name()
+        found = {"machine": machine, "outcomes": dict(sorted(outcomes.items())), "measured": lines}
+        Path(os.environ["HF_FNGD_GPU_REPORT"]).write_text(json.dumps(found, indent=2) + "\n")

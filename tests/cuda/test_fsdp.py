@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -93,6 +94,7 @@ def on_one_rank(folder: Path) -> dict[str, dict]:
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.on_gpu("FSDP2")
 def test_sharded_weights_follow_whole_ones(tmp_path):
     found = on_one_rank(tmp_path)
     start = weights(tiny_llama())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from hf_fngd import create_preconditioned_optimizer
 from tests.cuda.common import (
     AMBIGUOUS,
     BATCH,
@@ -23,8 +25,9 @@ from tests.cuda.common import (
 )
 
 pytestmark = CUDA
-# Relative error of the way after two epochs. Muon orthogonalises in bfloat16, which has 8 bits.
-BOUNDS = {"muon": 0.1, "sgd": 3e-4, "adamw": 3e-4}
+# Relative error of the way after two epochs. torch's Muon orthogonalises in bfloat16, whose 8 bits
+# kernels round in another order: 0.16 on an H200.
+BOUNDS = {"muon": 0.3, "sgd": 3e-4, "adamw": 3e-4}
 
 
 def way(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -51,6 +54,20 @@ def test_steps_in_float32_follow_those_in_float64_on_a_cpu(name, record_property
     bound = BOUNDS[VARIANTS[name].get("update_rule", "sgd")]
     worst = assert_same_way(way(name, DEVICE, torch.float32), expected, bound)
     record_property("relative error", f"{worst:.1e}")
+
+
+def test_muon_is_torchs():
+    model, twin = nn.Linear(12, 8, device=DEVICE), nn.Linear(12, 8, device=DEVICE)
+    twin.load_state_dict(model.state_dict())
+    mine = create_preconditioned_optimizer(model, method="plain", lr=0.02, update_rule="muon")
+    other = torch.optim.Muon([twin.weight], lr=0.02, momentum=0.9, weight_decay=0.0)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for grads in zip(model.parameters(), twin.parameters(), strict=True):
+            grads[0].grad = grads[1].grad = torch.randn_like(grads[0])
+        mine.step()
+        other.step()
+    assert torch.equal(model.weight, twin.weight)
 
 
 def test_layers_of_both_devices_in_one_model():

@@ -57,6 +57,7 @@ def build(dtype: str) -> Cast:
     return model
 
 
+@pytest.mark.on_gpu("bf16 autocast")
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n not in NOT_NEAR])
 def test_bf16_steps_are_near_those_of_float32(name):
     ways = []
@@ -72,6 +73,7 @@ def test_bf16_steps_are_near_those_of_float32(name):
     assert torch.cosine_similarity(*flat, dim=0) > 0.9
 
 
+@pytest.mark.on_gpu("fp16 with a GradScaler")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_plain_loop_in_fp16_with_a_gradscaler(name):
     model = build("fp16")

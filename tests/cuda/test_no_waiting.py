@@ -56,7 +56,7 @@ def test_waiting_is_noticed():
     value = torch.ones((), device=DEVICE)
     with counted() as found:
         value.item()
-    assert found == [1]
+    assert found[0] >= 1
     with waiting("error"), pytest.raises(RuntimeError, match="synchroniz"):
         value.item()
 

@@ -62,6 +62,7 @@ class StopAfter(TrainerCallback):
         return control
 
 
+@pytest.mark.on_gpu("Resume from a checkpoint")
 @pytest.mark.parametrize(
     ("kind", "optim", "settings", "precision"),
     [

@@ -33,6 +33,7 @@ def train(**settings):
     return moved(model, start), optimizer
 
 
+@pytest.mark.on_gpu("Coefficients in a file (`store_dir`)")
 def test_file_and_memory_give_the_same_bits(tmp_path):
     expected, optimizer = train()
     found, filed = train(store_dir=str(tmp_path))

@@ -47,6 +47,7 @@ def test_the_loss_falls_and_every_row_is_found_again(optim, tmp_path):
         assert history[-1]["fngd/reuse_rate"] == 1.0
 
 
+@pytest.mark.on_gpu("Activation checkpointing, both modes")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("optim", ["fngd", "fngd_adamw", "kfac"])
 def test_activation_checkpointing(optim, reentrant, tmp_path):
@@ -72,6 +73,7 @@ def test_activation_checkpointing(optim, reentrant, tmp_path):
 
 
 # peft asks for a name that transformers is going to take away.
+@pytest.mark.on_gpu("PEFT/LoRA")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("optim", ["fngd", "fngd_adamw", "muon"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -102,6 +104,7 @@ def test_adapters_of_peft(optim, precision, tmp_path):
         assert history[-1]["fngd/reuse_rate"] == 1.0
 
 
+@pytest.mark.on_gpu("Packed or padding-free rows")
 @pytest.mark.parametrize("share", ["sample", "layer", "none"])
 @pytest.mark.parametrize("kind", [FNGDTrainer, Trainer], ids=["ours", "stock"])
 def test_packed_rows_train_as_padded_ones(kind, share, tmp_path):
@@ -124,6 +127,7 @@ def test_packed_rows_train_as_padded_ones(kind, share, tmp_path):
     assert relative_error(*runs, weights(tiny_llama())) < 1e-2
 
 
+@pytest.mark.on_gpu("`max_grad_norm`")
 def test_accumulation_and_clipping(tmp_path):
     """Stored coefficients: one batch of 8 and two micro-batches of 4 clip the same gradient."""
     runs = []

@@ -37,6 +37,9 @@ COVERED = {
     "python scripts/tables.py": (
         "tests/docs/test_readme.py::test_tables_are_those_of_the_code_and_the_result_files"
     ),
+    "python scripts/bench/gpu.py --output scripts/bench/results/gpu/gpu.json": (
+        "tests/scripts/test_gpu_bench.py::test_every_part_has_results"
+    ),
     "python scripts/front_picture.py": (
         "tests/docs/test_readme.py::test_front_picture_is_that_of_the_committed_runs"
     ),

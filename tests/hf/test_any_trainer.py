@@ -1,5 +1,6 @@
 """Streams, nested batches, epochs cut short and interrupts: a Trainer trains as with AdamW."""
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -107,8 +108,14 @@ class SizedStream(Stream):
 
 @pytest.mark.parametrize(
     "data",
-    [Stream(), SizedStream(), ChainDataset([Stream(), Stream()])],
-    ids=lambda d: type(d).__name__,
+    [
+        Stream(),
+        SizedStream(),
+        ChainDataset([Stream(), Stream()]),
+        ChainDataset([SizedStream(), SizedStream()]),
+        datasets.Dataset.from_list(rows()).with_format("torch").to_iterable_dataset(),
+    ],
+    ids=["stream", "sized", "chain", "sized chain", "datasets"],
 )
 @pytest.mark.parametrize("kind", [Trainer, FNGDTrainer])
 def test_streams_with_and_without_a_length_train(kind, data, tmp_path):

@@ -128,8 +128,7 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.feature(
     "FSDP2",
     "works",
-    "plain loop; the Trainer turns FSDP on with an accelerator only, where it has not been tried "
-    "(on CPUs it trains with DDP instead)",
+    "plain loop, and the Trainer on a GPU (on CPUs it trains with DDP instead)",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)

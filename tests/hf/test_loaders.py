@@ -3,12 +3,13 @@
 import faulthandler
 import sys
 
+import datasets
 import pytest
 import torch
 from transformers import Seq2SeqTrainer
 
 from hf_fngd import FNGDSeq2SeqTrainer
-from hf_fngd.hf.samples import INDEX_COLUMN
+from hf_fngd.hf.row_numbers import rows_of
 from tests.hf.test_ddp import on_two_ranks
 from tests.hf_utils import PAD, arguments, make_trainer, same, token_pairs, weights
 
@@ -26,8 +27,10 @@ class Checked(FNGDSeq2SeqTrainer):
     """Compare every row of a batch with that of its number."""
 
     def training_step(self, model, inputs, *args):
-        if INDEX_COLUMN in inputs:
-            wanted = pad_to_eight([token_pairs(ROWS)[int(row)] for row in inputs[INDEX_COLUMN]])
+        rows = rows_of(inputs)
+        assert (rows is None) == isinstance(self.train_dataset, datasets.IterableDataset)
+        if rows is not None:
+            wanted = pad_to_eight([token_pairs(ROWS)[row] for row in rows])
             assert torch.equal(inputs["input_ids"], wanted["input_ids"])
         return super().training_step(model, inputs, *args)
 

@@ -1,16 +1,12 @@
 """Row numbers and content hashes name the same sample whatever the padding and order."""
 
-import datasets
 import pytest
 import torch
 
 from hf_fngd.hf.samples import (
-    INDEX_COLUMN,
-    IndexCollator,
     content_ids,
     fingerprint,
     packed_lengths,
-    with_index,
 )
 from tests.hf_utils import EOS, PAD, pad_collator, tiny_marian, token_pairs
 
@@ -97,35 +93,10 @@ class Squares(torch.utils.data.Dataset):
         return {"x": i * i}
 
 
-class Tuples(Squares):
-    def __getitem__(self, i):
-        return (i, i * i)
-
-
-def test_collator_carries_rows_of_every_kind_of_dataset():
-    collate = IndexCollator(lambda items: {"x": torch.tensor([item["x"] for item in items])})
-    for data in (datasets.Dataset.from_dict({"x": [0, 1, 4, 9, 16]}), Squares()):
-        indexed = with_index(data)
-        batch = collate([indexed[i] for i in (3, 1)])
-        assert batch[INDEX_COLUMN] == [3, 1]
-        assert batch["x"].tolist() == [9, 1]
-        many = indexed.__getitems__([2, 4])
-        assert collate(many)[INDEX_COLUMN] == [2, 4]
-    collate = IndexCollator(lambda items: {"x": torch.tensor(items)})
-    indexed = with_index(Tuples())
-    batch = collate([indexed[4], indexed[0]])
-    assert batch[INDEX_COLUMN] == [4, 0] and batch["x"].tolist() == [[4, 16], [0, 0]]
-
-
-def test_collator_passes_evaluation_rows_through():
-    collate = IndexCollator(lambda items: {"x": items})
-    assert collate([{"x": 1}]) == {"x": [{"x": 1}]}
-
-
 def test_fingerprint_follows_content_not_transforms():
     data = token_pairs(20)
     same = token_pairs(20).with_transform(lambda rows: {"input_ids": rows["input_ids"]})
-    assert fingerprint(data) == fingerprint(same) == fingerprint(with_index(data))
+    assert fingerprint(data) == fingerprint(same)
     assert fingerprint(data) != fingerprint(token_pairs(20, seed=1))
     assert fingerprint(data) != fingerprint(token_pairs(19))
     assert fingerprint(Squares()) == "5 rows"

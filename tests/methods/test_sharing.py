@@ -276,5 +276,57 @@ def test_two_batches_before_one_backward(model: nn.Module, inputs: Tensor) -> No
     sum(losses).backward()
     optimizer.step()
     optimizer.start_epoch(1)
-    optimizer.set_batch(sum(FIRST_EPOCH[:2], []))
+    both = sum(FIRST_EPOCH[:2], [])
+    optimizer.set_batch(both)
+    assert "reuse_rate" not in optimizer.statistics(), "a batch counts once it is used"
+    shares(model, inputs[both]).sum().backward()
     assert optimizer.statistics()["reuse_rate"] == 1
+
+
+@pytest.mark.feature("Gradual unfreezing", "works", "a layer that trains again gets coefficients")
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("share", "announced"), [("sample", True), ("layer", True), ("layer", False)]
+)
+def test_a_thawed_layer_gets_coefficients(
+    model: nn.Module, inputs: Tensor, share: str, announced: bool, resumed: bool
+) -> None:
+    optimizer = create_fngd_optimizer(model, lr=0.0, share=share, damping=DAMPING)
+    thawed = model[2]
+    thawed.requires_grad_(False)
+
+    def epoch(number: int, changed: int = -1) -> Iterator[tuple[dict, dict]]:
+        optimizer.start_epoch(number)
+        for step, rows in enumerate(FIRST_EPOCH):
+            if step == changed:
+                thawed.requires_grad_(True)
+            if announced:
+                optimizer.set_batch(rows)
+            shares(model, inputs[rows]).sum().backward()
+            found = gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield rows, found
+
+    list(epoch(0))
+    if resumed:
+        state = optimizer.state_dict()
+        # As a script makes it before it freezes the layer.
+        thawed.requires_grad_(True)
+        optimizer = create_fngd_optimizer(model, lr=0.0, share=share, damping=DAMPING)
+        optimizer.load_state_dict(state)
+        thawed.requires_grad_(False)
+    seen = list(epoch(1, changed=0))
+    for rows, found in seen if announced else seen[1:]:
+        thawed.requires_grad_(True)
+        gamma, u = gammas(model, inputs[rows])["2"], per_sample(model, inputs[rows])["2"][0]
+        expected = (gamma.view(-1, 1, 1) * u).mean(0)
+        torch.testing.assert_close(found["2.weight"], expected, rtol=1e-9, atol=1e-12)
+    assert optimizer.coefficients().isfinite().all()
+    assert optimizer.statistics()["phase"] == "collect"
+    list(epoch(2))
+    assert optimizer.statistics()["phase"] == "reuse"
+    if share == "sample":
+        for rows, _ in seen:
+            expected = gammas(model, inputs[rows])["2"].float()
+            torch.testing.assert_close(optimizer.coefficients()[rows, 1], expected)

@@ -275,3 +275,23 @@ def test_fingerprint_survives_two_resumes() -> None:
         optimizer.load_state_dict(state)
     with pytest.raises(FNGDError, match="same data"):
         optimizer.bind_dataset(None, "second")
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_coefficients_are_forgotten_with_their_data(resumed: bool) -> None:
+    model = build()
+    optimizer = make(model)
+    optimizer.bind_dataset(12, "first")
+    train(model, optimizer, 0, 1)
+    if resumed:
+        state = saved(optimizer.state_dict())
+        optimizer = make(build())
+        optimizer.load_state_dict(state)
+        optimizer.bind_dataset(12, "first")
+    assert optimizer.coefficients().isfinite().any()
+    optimizer.bind_dataset(12, "first")
+    assert optimizer.coefficients().isfinite().any()
+    optimizer.bind_dataset(30, "second")
+    assert len(optimizer.coefficients()) == 0
+    optimizer.set_batch([29])
+    assert optimizer.store.table.shape[0] == 30

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_fngd import FNGDError
@@ -113,16 +115,48 @@ def test_memory_bound(dtype: torch.dtype, size: int, shift: int) -> None:
     assert store.count_known(store.locate(ids, create=False)) == rows
 
 
-def test_rows_beyond_the_bound_are_not_stored() -> None:
-    for ids in ([0, 1, 2, 3, 4], [10, 11, 12, 13, 14]):
-        store = SampleStore(LAYERS, torch.float32, 4)
-        put(store, ids[:2], torch.zeros(2, LAYERS))
-        values = torch.rand(5, LAYERS)
-        put(store, ids, values)
-        assert torch.equal(get(store, ids[:4]), values[:4])
-        torch.testing.assert_close(get(store, ids[4:]), values[:4].mean(0, keepdim=True))
-        assert store.count_known(store.locate(ids, create=False)) == 4
-        assert len(store.table) == 4
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [10, 11, 12, 13, 14], [3, 0, 1, 2, 99]], ids=str)
+def test_a_reusing_epoch_stores_no_more_samples_than_the_data_has(ids: list[int]) -> None:
+    store = SampleStore(LAYERS, torch.float32, 4)
+    values = torch.rand(5, LAYERS)
+    store.write(store.locate(ids[:2], create=True, bounded=True), torch.zeros(2, LAYERS))
+    store.write(store.locate(ids, create=True, bounded=True), values)
+    assert torch.equal(get(store, ids[:4]), values[:4])
+    torch.testing.assert_close(get(store, ids[4:]), values[:4].mean(0, keepdim=True))
+    assert store.count_known(store.locate(ids, create=False)) == 4
+    assert len(store.table) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_sample_of_an_epoch_has_room(data: st.DataObject) -> None:
+    """Packed samples, pairs and a mixture of numbers and hashes are more than the rows."""
+    bound = data.draw(st.none() | st.integers(1, 12))
+    ids = data.draw(st.lists(st.integers(-3, 15) | st.integers(2**40, 2**40 + 9), max_size=40))
+    store, expected = SampleStore(LAYERS, torch.float32, bound), {}
+    while ids:
+        count = data.draw(st.integers(1, 6))
+        # A batch has no sample twice.
+        part, ids = list(dict.fromkeys(ids[:count])), ids[count:]
+        values = torch.rand(len(part), LAYERS)
+        put(store, part, values)
+        expected |= dict(zip(part, values, strict=True))
+        if data.draw(st.booleans()):
+            saved = store.state_dict()
+            store = SampleStore(LAYERS, torch.float32, bound)
+            store.load_state_dict(saved)
+        store.start_epoch(collecting=False)
+        assert all(torch.equal(get(store, [i])[0], v) for i, v in expected.items())
+
+
+def test_contents_that_change_do_not_pile_up() -> None:
+    store = SampleStore(LAYERS, torch.float32, 4)
+    for epoch in range(5):
+        store.start_epoch(collecting=True)
+        fresh = list(range(100 + 6 * epoch, 106 + 6 * epoch))
+        put(store, fresh, torch.rand(6, LAYERS))
+        assert store.count_known(store.locate(fresh, create=False)) == 6
+    assert store._used() == 6
 
 
 def test_float16_rounds_and_reads_as_float32() -> None:
