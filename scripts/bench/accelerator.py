@@ -226,7 +226,9 @@ class Demand(TorchDispatchMode):
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in [*read, *made])
         count = flop_registry.get(func.overloadpacket)
-        operations = count(*args, **kwargs, out_val=out) if count is not None else 0
+        # torch counts a product without the dtype of its result.
+        counted = args[:2] if func._overloadname == "dtype" else args
+        operations = count(*counted, **kwargs, out_val=out) if count is not None else 0
         self.operations += operations
         self.bytes += size
         self.calls += 1

@@ -59,7 +59,8 @@ def shape(report: Mapping[str, Any]) -> str:
         words = f", {work['vocab_size']:,} words" if work["vocab_size"] > 8000 else ""
         return f"Marian, {width}, {layers} + {layers} layers{words}, {size}"
     if work["shapes"] == "lora":
-        return f"LoRA, rank {work['lora_rank']}, a Llama block of {width}, {size}"
+        blocks = "a Llama block" if layers == 1 else f"{layers} Llama blocks"
+        return f"LoRA, rank {work['lora_rank']}, {blocks} of {width}, {size}"
     return f"GPT-2, {width}, {layers} blocks, {size}"
 
 

@@ -37,7 +37,8 @@ COVERED = {
     "python scripts/tables.py": (
         "tests/docs/test_readme.py::test_tables_are_those_of_the_code_and_the_result_files"
     ),
-    "python scripts/bench/gpu.py --output scripts/bench/results/gpu/gpu.json": (
+    "python scripts/bench/gpu.py --rounds 6 --parts ceilings shapes rules methods --output "
+    "scripts/bench/results/gpu/gpu.json": (
         "tests/scripts/test_gpu_bench.py::test_every_part_has_results"
     ),
     "python scripts/front_picture.py": (
