@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_fngd import capture, states
+from hf_fngd import capture, ownership, states
 from hf_fngd.capture import Batch, Batches, LayerMethod
 from hf_fngd.config import OptimizerConfig, refuse_arguments_of_torch
 from hf_fngd.errors import FNGDError, check_number
@@ -31,8 +30,6 @@ from hf_fngd.rules import apply_rule, step_device, working_dtype
 from hf_fngd.scale import GradientScale
 
 logger = logging.getLogger(__name__)
-# Optimizers whose layers have weighted gradients now.
-_attached: weakref.WeakSet[LayerOptimizer] = weakref.WeakSet()
 
 
 class LayerOptimizer(torch.optim.Optimizer):
@@ -169,17 +166,17 @@ class LayerOptimizer(torch.optim.Optimizer):
         for module, layer in self.captured:
             capture.attach(module, layer)
         if self.weights_gradients:
-            _attached.add(self)
+            ownership.claim(self)
         root = self._root()
         if root is not None and not all(layer.rows_are_sure for layer in self.layers):
-            look = _FirstLook(self)
+            look = ownership.FirstLook(self)
             self._first_look = look.hook = root.register_forward_pre_hook(look, with_kwargs=True)
 
     def detach(self) -> None:
         """Take all layers out of capture; the model is as it was before."""
         _detach(self.captured)
         self.batches.close()
-        _attached.discard(self)
+        ownership.release(self)
         if self._first_look is not None:
             self._first_look.remove()
 
@@ -466,47 +463,6 @@ class LayerOptimizer(torch.optim.Optimizer):
             last.remove()
 
 
-class _FirstLook:
-    """Hook on the model that looks at the first batch it is trained with."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
-        self.hook: Any = None
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        optimizer = self.optimizer()
-        if optimizer is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        self.hook.remove()
-        batch = optimizer.batches.current
-        size = None if batch is None else batch.size
-        capture.find_order(model, args, kwargs, size, optimizer.captured)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the model must not speak to the original's optimizer.
-        return _FirstLook, (None,)
-
-
-def _refuse_foreign(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Keep weighted gradients from all optimizers but the one that weighted them."""
-    for owner in list(_attached):
-        # A wrapper's step, as of SAM, calls the owner's.
-        if optimizer is owner or any(value is owner for value in vars(optimizer).values()):
-            continue
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, (module, layer) in zip(owner.layer_names, owner.captured, strict=True):
-            weight, bias = layer.parameters()
-            if capture.owner(module) is layer and (id(weight) in held or id(bias) in held):
-                raise FNGDError(
-                    f"{owner.config.title} is attached to {name} and weights its gradients, "
-                    f"which are not for {type(optimizer).__name__}: call detach() of the "
-                    f"{owner.config.title} optimizer, and compute the gradients anew"
-                )
-
-
 def _detach(captured: list[tuple[nn.Module, LayerMethod]]) -> None:
     for module, layer in captured:
         capture.detach(module, layer)
-
-
-register_optimizer_step_pre_hook(_refuse_foreign)

@@ -25,6 +25,7 @@ FLOORS = [
     ("errors", "ranks", "scale", "solve", "states"),
     ("config", "layers", "rules"),
     ("capture",),
+    ("ownership",),
     ("optimizer",),
     ("methods",),
     ("hf",),
