@@ -37,7 +37,15 @@ LATER = [
     "plain adamw",
     "plain muon",
 ]
-CURVATURE = ["kfac expand eigen", "kfac expand inverse", "eva", "tengrad", "seng sketched"]
+CURVATURE = [
+    "kfac expand eigen",
+    "kfac expand inverse",
+    "ekfac positions",
+    "ekfac batch",
+    "eva",
+    "tengrad",
+    "seng sketched",
+]
 
 
 @contextmanager
@@ -140,7 +148,7 @@ def test_waits_of_a_step_that_computes(name, record_property):
         # one out asks first whether the matrix is finite, and torch looks at the inverse.
         each = 3 if "leave" in name else 1
         assert max(found) <= each * len(LAYERS) + 1
-    if name.startswith("kfac"):
+    if name.startswith(("kfac", "ekfac")):
         # Between inversions: whether the layer's averages are finite, and whether there are any.
         assert max(found[1:]) <= 2 * len(LAYERS)
 
