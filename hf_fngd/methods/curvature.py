@@ -222,7 +222,7 @@ class AveragedCurvature(LayerCurvature):
     """Curvature from statistics that are averaged over micro-batches and ranks."""
 
     # How often the output gradient is a factor of each statistic.
-    powers: ClassVar[tuple[int, ...]]
+    powers: tuple[int, ...]
 
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         super().__init__(optimizer, number, module, kind)

@@ -80,13 +80,12 @@ class EKFACLayer(FactoredCurvature):
     """EKFAC for one layer; a grouped convolution has a basis and moments for each group."""
 
     config: EKFACConfig
-    powers = (0, 2, 0, 2)
 
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         super().__init__(optimizer, number, module, kind)
         self._of_batch = self.config.second_moments == "batch"
         if not self._of_batch:
-            self.averaged = (*self.averaged, "moments")
+            self.averaged, self.powers = (*self.averaged, "moments"), (*self.powers, 2)
         if self.config.second_moments == "samples":
             self.rows_are_sure = False
 

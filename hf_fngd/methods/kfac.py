@@ -81,7 +81,7 @@ class FactoredCurvature(AveragedCurvature):
     """Running averages of A and G of one layer; a grouped convolution has them for each group."""
 
     config: FactoredConfig
-    powers: ClassVar[tuple[int, ...]] = (0, 2, 0)
+    powers: tuple[int, ...] = (0, 2, 0)
     # Names of the statistics in the state.
     averaged: tuple[str, ...] = ("a", "g", "samples")
 

@@ -69,14 +69,15 @@ class Run:
         return list(zip(self.state["basis_a"], self.state["basis_g"], strict=True))
 
     def feed(
-        self, micro_batches: int = 1
+        self, micro_batches: int = 1, tell: bool = True
     ) -> tuple[list[list[tuple[Tensor, Tensor]]], list[Tensor]]:
         """Take one step; return rows of each micro-batch by group (g of samples), and M."""
         plain = copy.deepcopy(self.model)
         plain.zero_grad()
         calls = record(plain.layer)
         self.optimizer.zero_grad()
-        self.optimizer.set_loss_scale(micro_batches)
+        if tell:
+            self.optimizer.set_loss_scale(micro_batches)
         for _ in range(micro_batches):
             x = torch.randn_like(self.x)
             for model in (self.model, plain):
@@ -272,14 +273,20 @@ def test_moments_follow_eigenvectors_that_change_their_order_and_sign() -> None:
         torch.testing.assert_close(state[name], value, **EXACT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_are_averaged(kind: str) -> None:
+@pytest.mark.parametrize("tell", [True, False])
+@pytest.mark.parametrize("kind", [*KINDS, "batch"])
+def test_micro_batches_are_averaged(kind: str, tell: bool) -> None:
     run = Run(second_moments=kind, stat_decay=0.0)
-    run.feed()
+    run.feed(tell=tell)
     ((basis_a, basis_g),) = run.basis
-    seen, m = run.feed(micro_batches=3)
-    each = [moments_by_loop(*pair, basis_a, basis_g, kind) for (pair,) in seen]
-    wanted = sum(each) / 3
+    seen, m = run.feed(micro_batches=3, tell=tell)
+    each = [factors(pairs, 1, "expand", True)[0] for pairs in seen]
+    for name, parts in zip(("a", "g"), zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(run.state[name][0], sum(parts) / 3, **EXACT)
+    if kind == "batch":
+        wanted = (basis_g.t() @ m[0] @ basis_a).square()
+    else:
+        wanted = sum(moments_by_loop(*pair, basis_a, basis_g, kind) for (pair,) in seen) / 3
     torch.testing.assert_close(run.state["moments"][0], wanted, **EXACT)
     run.check_direction([wanted], m, DAMPING)
 
