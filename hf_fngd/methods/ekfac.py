@@ -128,7 +128,8 @@ class EKFACLayer(FactoredCurvature):
             return m, m.new_zeros(())
         a, g = state["basis_a"], state["basis_g"]
         rotated = g.mT @ m @ a
-        if self._of_batch and not self._lost:
+        # Alike on all ranks, whichever of them lost its statistics.
+        if self._of_batch:
             self._take_in(rotated.square())
         moments = state["moments"]
         damping = self.damping(moments.sum(), moments.numel())
