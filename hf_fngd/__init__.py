@@ -1,8 +1,8 @@
 """Optimizers by name for the Hugging Face Trainer and plain loops.
 
-FNGD (arXiv 2403.03473), KFAC, Eva, TENGraD, SENG, and SGD, AdamW and Muon without preconditioning.
-Importing the package registers the names with transformers, where it is installed; the core needs
-torch only. `README.md` in this folder shows how the package is laid out.
+FNGD (arXiv 2403.03473), KFAC, EKFAC, Eva, TENGraD, SENG, and SGD, AdamW and Muon without
+preconditioning. Importing the package registers the names with transformers, where it is installed;
+the core needs torch only. `README.md` in this folder shows how the package is laid out.
 """
 
 import importlib.util
@@ -10,9 +10,11 @@ import logging
 
 from hf_fngd.errors import FNGDError
 from hf_fngd.methods import (
+    EKFAC,
     FNGD,
     KFAC,
     SENG,
+    EKFACConfig,
     Eva,
     EvaConfig,
     FNGDConfig,
@@ -28,9 +30,11 @@ from hf_fngd.methods import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "EKFAC",
     "FNGD",
     "KFAC",
     "SENG",
+    "EKFACConfig",
     "Eva",
     "EvaConfig",
     "FNGDConfig",

@@ -271,8 +271,8 @@ class LayerOptimizer(torch.optim.Optimizer):
     def set_loss_scale(self, micro_batches: int = 1, scale: float = 1.0) -> None:
         """Say how gradients relate to those of single samples, for the next backward passes.
 
-        KFAC, Eva, TENGraD and SENG find both by themselves, except under clipping by more than a
-        half with a scaler; FNGD with absolute damping has to be told.
+        KFAC, EKFAC, Eva, TENGraD and SENG find both by themselves, except under clipping by more
+        than a half with a scaler; FNGD with absolute damping has to be told.
 
         Args:
             micro_batches: Micro-batches of an update, by whose number their loss is divided.

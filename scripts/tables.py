@@ -17,7 +17,7 @@ from typing import Any
 from common.tabled import RESULTS, ROOT, Columns, load, machine, reports, shape, table
 from gpu_tables import GPU_TABLES
 
-from hf_fngd import EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
+from hf_fngd import EKFACConfig, EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
 
 _NAMES = (
     "README.md",
@@ -48,13 +48,15 @@ def fill(text: str) -> str:
 
 def settings() -> str:
     """Make the table of settings: each stands where it appears first or gets another default."""
-    several, damped, shared = KFACConfig.__mro__[1:4]
+    several, damped, shared = EvaConfig.__mro__[1:4]
+    methods = (KFACConfig, EKFACConfig, EvaConfig, TENGraDConfig, SENGConfig)
     groups = {
         "all methods": shared,
-        "FNGD, KFAC, Eva, TENGraD and SENG": damped,
+        "FNGD, KFAC, EKFAC, Eva, TENGraD and SENG": damped,
         "FNGD": FNGDConfig,
-        "KFAC, Eva, TENGraD and SENG": several,
-        **{one.title: one for one in (KFACConfig, EvaConfig, TENGraDConfig, SENGConfig)},
+        "KFAC, EKFAC, Eva, TENGraD and SENG": several,
+        "KFAC and EKFAC": KFACConfig.__mro__[1],
+        **{one.title: one for one in methods},
     }
     rows = []
     for heading, config in groups.items():

@@ -27,6 +27,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 # Curvature of one step serves the next ones, so that a checkpoint must carry it.
 LASTING = {
     "kfac": {"update_period": 3},
+    "ekfac": {"update_period": 3},
     "eva": {"update_period": 3},
     "tengrad": {"update_period": 3},
     "seng": {"update_period": 3, "sketch_size": 0},

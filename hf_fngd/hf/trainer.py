@@ -130,7 +130,8 @@ class FNGDMixin(LossScaleMixin):
     Args:
         *args: Arguments of the Trainer.
         fngd_config: Settings; by default they are read from `--optim_args`. Their type says which
-            method it is: `FNGDConfig`, `KFACConfig`, `EvaConfig`, `TENGraDConfig`, `SENGConfig`.
+            method it is: `FNGDConfig`, `KFACConfig`, `EKFACConfig`, `EvaConfig`, `TENGraDConfig`,
+            `SENGConfig`.
         **kwargs: Keyword arguments of the Trainer.
 
     Raises:

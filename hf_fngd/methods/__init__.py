@@ -1,4 +1,4 @@
-"""The methods, all by one protocol: FNGD, KFAC, Eva, TENGraD, SENG, and the plain update rules.
+"""The methods, all by one protocol: FNGD, KFAC, EKFAC, Eva, TENGraD, SENG, and plain rules.
 
 A method is a file here with a config, an optimizer half (`hf_fngd.optimizer.LayerOptimizer` says
 what it may define) and a layer half (`hf_fngd.capture.LayerMethod`), and a line in `METHODS`. Read
@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_fngd.errors import FNGDError, suggestion
 from hf_fngd.layers.selection import parameter_groups
+from hf_fngd.methods.ekfac import EKFAC, EKFACConfig
 from hf_fngd.methods.eva import Eva, EvaConfig
 from hf_fngd.methods.fngd import FNGD, FNGDConfig, create_fngd_optimizer
 from hf_fngd.methods.kfac import KFAC, KFACConfig
@@ -23,13 +24,15 @@ from hf_fngd.methods.tengrad import TENGraD, TENGraDConfig
 from hf_fngd.optimizer import LayerOptimizer
 
 METHODS: dict[str, type[LayerOptimizer]] = {
-    kind.method: kind for kind in (FNGD, KFAC, Eva, TENGraD, SENG, PlainOptimizer)
+    kind.method: kind for kind in (FNGD, KFAC, EKFAC, Eva, TENGraD, SENG, PlainOptimizer)
 }
 __all__ = [
+    "EKFAC",
     "FNGD",
     "KFAC",
     "METHODS",
     "SENG",
+    "EKFACConfig",
     "Eva",
     "EvaConfig",
     "FNGDConfig",
@@ -53,7 +56,8 @@ def create_preconditioned_optimizer(
 
     Args:
         model: The model to train.
-        method: fngd, kfac, eva, tengrad, seng, or plain (update rules without natural gradient).
+        method: fngd, kfac, ekfac, eva, tengrad, seng, or plain (update rules without natural
+            gradient).
         lr: Learning rate of the selected weights, and of the others unless `other_lr` is given.
         weight_decay: Decoupled weight decay of parameters with at least two dimensions.
         **config: Fields of the method's config, as `KFACConfig`.

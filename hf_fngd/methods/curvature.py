@@ -1,9 +1,9 @@
 """One layer's curvature F, and the direction V = λ(F + λI)⁻¹M that it makes of a mean gradient M.
 
-KFAC, Eva, TENGraD and SENG derive from the classes here. A layer's curvature observes inputs `a`
-and per-sample output gradients `g` in the backward pass of some steps and leaves the gradients as
-they are; at the optimizer step `preconditioned` asks it for a direction. The factor λ makes λ → ∞
-the plain gradient for every method, as γ = λc does for FNGD.
+KFAC, EKFAC, Eva, TENGraD and SENG derive from the classes here. A layer's curvature observes inputs
+`a` and per-sample output gradients `g` in the backward pass of some steps and leaves the gradients
+as they are; at the optimizer step `preconditioned` asks it for a direction. The factor λ makes
+λ → ∞ the plain gradient for every method, as γ = λc does for FNGD.
 
 One scale holds for all: g is κ times autograd's gradient, with κ the samples of the update on this
 rank, so that M = (1/N) Σ_n Σ_t g_nt a_ntᵀ whatever the loss reduction. Damping is λ itself, or
@@ -250,7 +250,7 @@ class AveragedCurvature(LayerCurvature):
     """Curvature from statistics that are averaged over micro-batches and ranks."""
 
     # How often the output gradient is a factor of each statistic.
-    powers: ClassVar[tuple[int, ...]]
+    powers: tuple[int, ...]
 
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         super().__init__(optimizer, number, module, kind)

@@ -7,6 +7,7 @@ the inputs and sums the gradients of a sample.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,28 +27,18 @@ _BLOCK_BYTES = 2**26
 
 
 @dataclass
-class KFACConfig(PreconditionerConfig):
-    """Settings of KFAC, checked when the object is made.
+class FactoredConfig(PreconditionerConfig):
+    """Settings that KFAC and EKFAC share.
 
     Raises:
         FNGDError: For a value out of range, or two settings that exclude each other.
     """
 
-    title: ClassVar[str] = "KFAC"
-
-    kl_clip: float | None = kl_clip(1e-3)
     kfac_approx: str = setting(
         "expand",
         "Positions that share a weight: expand (each counts as a sample; exact for sums over "
         "positions) or reduce (inputs averaged, gradients summed; exact for pooling).",
         choices=("expand", "reduce"),
-        resumed=True,
-    )
-    kfac_solver: str = setting(
-        "eigen",
-        "eigen (λ is added to the eigenvalues of A ⊗ G) or inverse (λ is divided between A and G "
-        "in the balance of their traces).",
-        choices=("eigen", "inverse"),
         resumed=True,
     )
     stat_decay: float = setting(
@@ -66,11 +57,33 @@ class KFACConfig(PreconditionerConfig):
     )
 
 
-class KFACLayer(AveragedCurvature):
-    """KFAC for one layer; a grouped convolution has factors for each group."""
+@dataclass
+class KFACConfig(FactoredConfig):
+    """Settings of KFAC, checked when the object is made.
 
-    config: KFACConfig
-    powers = (0, 2, 0)
+    Raises:
+        FNGDError: For a value out of range, or two settings that exclude each other.
+    """
+
+    title: ClassVar[str] = "KFAC"
+
+    kl_clip: float | None = kl_clip(1e-3)
+    kfac_solver: str = setting(
+        "eigen",
+        "eigen (λ is added to the eigenvalues of A ⊗ G) or inverse (λ is divided between A and G "
+        "in the balance of their traces).",
+        choices=("eigen", "inverse"),
+        resumed=True,
+    )
+
+
+class FactoredCurvature(AveragedCurvature):
+    """Running averages of A and G of one layer; a grouped convolution has them for each group."""
+
+    config: FactoredConfig
+    powers: tuple[int, ...] = (0, 2, 0)
+    # Names of the statistics in the state.
+    averaged: tuple[str, ...] = ("a", "g", "samples")
 
     def __init__(self, optimizer: Any, number: int, module: nn.Module, kind: LayerType) -> None:
         super().__init__(optimizer, number, module, kind)
@@ -82,17 +95,35 @@ class KFACLayer(AveragedCurvature):
         return [(groups, d_in, d_in), (groups, d_out, d_out), ()]
 
     def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
+        return self.describe_rows(*self.rows(calls, kappa, joint))
+
+    def rows(
+        self, calls: Sequence[Call], kappa: float, joint: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring calls into the canonical layout, where one position is one observation.
+
+        Args:
+            calls: The layer's calls in one micro-batch.
+            kappa: Factor from autograd's gradients to those of single samples.
+            joint: Whether the bias is part of the block.
+
+        Returns:
+            Inputs `[G, N, T, d_in]`, output gradients `[G, N, T, d_out]`, and where padding may be
+            1 or 0 as `[G, N, T, 1]`.
+        """
         a, g = self.canonical(calls, kappa, joint)
-        n = g.shape[1]
         if self.config.kfac_approx == "reduce":
             mask = alive(self.kind, g)
             if mask is None:
                 a = a.mean(2, keepdim=True)
             else:
                 a = (a * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp(min=1)
-            g, mask = g.sum(2, keepdim=True), None
-        else:
-            mask = alive(self.kind, g)
+            return a, g.sum(2, keepdim=True), None
+        return a, g, alive(self.kind, g)
+
+    def describe_rows(self, a: Tensor, g: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """Return the statistics of one micro-batch; the arguments are the result of `rows`."""
+        n = g.shape[1]
         if mask is None:
             factor_a = second_moment(a) / (a.shape[1] * a.shape[2])
         else:
@@ -108,16 +139,26 @@ class KFACLayer(AveragedCurvature):
         state = self.state
         done = int(state["updates"]) if state else 0
         keep = min(1 - 1 / (done + 1), self.config.stat_decay)
-        for name, new in zip(("a", "g", "samples"), means, strict=True):
+        for name, new in zip(self.averaged, means, strict=True):
             # A loaded count is on the CPU.
             state[name] = state[name].to(new).lerp(new, 1 - keep) if done else new
         state["updates"] = torch.tensor(done + 1, device="cpu")
         if not done or step - int(state["inverted_at"]) >= self.config.inverse_period:
-            self._invert()
+            self.invert()
             state["inverted_at"] = torch.tensor(step, device="cpu")
         return not self.lost
 
-    def _invert(self) -> None:
+    @abstractmethod
+    def invert(self) -> None:
+        """Prepare what `combine` needs of the factors."""
+
+
+class KFACLayer(FactoredCurvature):
+    """KFAC for one layer."""
+
+    config: KFACConfig
+
+    def invert(self) -> None:
         state = self.state
         a, g = state["a"], state["g"]
         trace_a, trace_g = (m.diagonal(dim1=1, dim2=2).sum(1) for m in (a, g))
@@ -125,7 +166,7 @@ class KFACLayer(AveragedCurvature):
         scale = inverse_or_zero(damping)
         state["damping"] = damping
         if self.config.kfac_solver == "eigen":
-            (values_a, state["inverse_a"]), (values_g, state["inverse_g"]) = map(_eigen, (a, g))
+            (values_a, state["inverse_a"]), (values_g, state["inverse_g"]) = map(eigenbasis, (a, g))
             # λ(d_G d_Aᵀ + λ)⁻¹ without dividing by a λ that may be 0.
             state["shrink"] = (
                 1 + scale * values_g.unsqueeze(2) * values_a.unsqueeze(1)
@@ -157,7 +198,8 @@ class KFAC(PreconditionedOptimizer):
     method = "kfac"
 
 
-def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
+def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues `[G, d]`, at least 0, and eigenvectors `[G, d, d]` of a factor."""
     values, vectors = eigen(0.5 * (factor + factor.transpose(1, 2)))
     return values.clamp(min=0), vectors
 

@@ -1,4 +1,4 @@
-"""`PreconditionedOptimizer`: the optimizer half of KFAC, Eva, TENGraD and SENG.
+"""`PreconditionedOptimizer`: the optimizer half of KFAC, EKFAC, Eva, TENGraD and SENG.
 
 It decides at which steps curvature is due, hands each layer's mean gradient M to the layer's
 curvature at the optimizer step, bounds the length of the result, and puts it back into `.grad`.
@@ -47,7 +47,7 @@ def kl_clip(default: float | None) -> Any:
 
 @dataclass
 class PreconditionerConfig(DampedConfig):
-    """Settings that KFAC, Eva, TENGraD and SENG share.
+    """Settings that KFAC, EKFAC, Eva, TENGraD and SENG share.
 
     Raises:
         FNGDError: For a value out of range, or two settings that exclude each other.

@@ -46,6 +46,11 @@ _PAPERS = {
     "kfac": Paper(
         "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", "ICML", 2015
     ),
+    "ekfac": Paper(
+        "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis",
+        "NeurIPS",
+        2018,
+    ),
     "eva": Paper(
         "Eva: Practical Second-order Optimization with Kronecker-vectorized Approximation",
         "ICLR",

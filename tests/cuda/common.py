@@ -46,6 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kfac reduce eigen": {"method": "kfac", "kfac_approx": "reduce"},
     "kfac expand inverse": {"method": "kfac", "kfac_solver": "inverse"},
     "kfac reduce inverse": {"method": "kfac", "kfac_approx": "reduce", "kfac_solver": "inverse"},
+    "ekfac positions": {"method": "ekfac"},
+    "ekfac samples": {"method": "ekfac", "second_moments": "samples"},
+    "ekfac batch": {"method": "ekfac", "second_moments": "batch"},
     "eva": {"method": "eva"},
     "tengrad": {"method": "tengrad", "update_period": 2},
     "tengrad empirical": {"method": "tengrad", "fisher_labels": "empirical"},
@@ -58,8 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain adamw": {"method": "plain", "update_rule": "adamw"},
     "plain muon": {"method": "plain", "update_rule": "muon"},
 }
-# Sums of singular vectors, whose signs are any solver's own choice.
-AMBIGUOUS = "seng low rank"
+# Sums of singular vectors, whose signs are any solver's own choice, and second moments along
+# eigenvectors, which are where eigenvalues are equal (as where a factor has no rank).
+AMBIGUOUS = ("seng low rank", "ekfac positions", "ekfac samples", "ekfac batch")
 
 
 class Net(nn.Module):

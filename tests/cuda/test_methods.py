@@ -48,7 +48,7 @@ def way(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.
     return moved(model, start)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != AMBIGUOUS])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in AMBIGUOUS])
 def test_steps_in_float32_follow_those_in_float64_on_a_cpu(name, record_property):
     expected = way(name, torch.device("cpu"), torch.float64)
     bound = BOUNDS[VARIANTS[name].get("update_rule", "sgd")]

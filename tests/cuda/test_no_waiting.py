@@ -37,7 +37,15 @@ LATER = [
     "plain adamw",
     "plain muon",
 ]
-CURVATURE = ["kfac expand eigen", "kfac expand inverse", "eva", "tengrad", "seng sketched"]
+CURVATURE = [
+    "kfac expand eigen",
+    "kfac expand inverse",
+    "ekfac positions",
+    "ekfac batch",
+    "eva",
+    "tengrad",
+    "seng sketched",
+]
 
 
 @contextmanager

@@ -224,4 +224,4 @@ def test_a_batch_that_is_not_finite_is_skipped(name, bad):
         assert optimizer.statistics()["nonfinite"] > 0
     if optimizer.needs_rows and bad != torch.inf:
         assert optimizer.coefficients().isfinite().all()
-    assert name != AMBIGUOUS or optimizer.statistics()["updates"] > 0
+    assert name not in AMBIGUOUS or optimizer.statistics()["updates"] > 0

@@ -30,15 +30,24 @@ from tests.hf_utils import (
 # Settings with which each method learns the tiny task, and in which updates are not all alike.
 SETTINGS = {
     "kfac": "inverse_period=3,update_period=2,other_lr=1e-2",
+    "ekfac": "inverse_period=3,update_period=2,other_lr=1e-2",
     "eva": "other_lr=1e-2",
     "tengrad": "update_period=5,other_lr=1e-2",
     "seng": "update_period=5,sketch_size=8,big_layer_size=300,other_lr=1e-2",
     "plain": "other_lr=1e-2",
     "muon": "other_lr=1e-2",
 }
-RATES = {"kfac": 0.3, "eva": 0.3, "tengrad": 0.1, "seng": 0.1, "plain": 0.1, "muon": 0.02}
+RATES = {
+    "kfac": 0.3,
+    "ekfac": 0.3,
+    "eva": 0.3,
+    "tengrad": 0.1,
+    "seng": 0.1,
+    "plain": 0.1,
+    "muon": 0.02,
+}
 NAMES = pytest.mark.parametrize("name", SETTINGS)
-PRECONDITIONED = pytest.mark.parametrize("name", ["kfac", "eva", "tengrad", "seng"])
+PRECONDITIONED = pytest.mark.parametrize("name", ["kfac", "ekfac", "eva", "tengrad", "seng"])
 BOTH = pytest.mark.parametrize("cls", [FNGDSeq2SeqTrainer, Seq2SeqTrainer], ids=["ours", "stock"])
 
 
@@ -150,14 +159,14 @@ def test_logs(name, tmp_path):
     trainer = run(FNGDSeq2SeqTrainer, tmp_path, name)
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     updates = [entry[f"{name}/updates"] for entry in entries]
-    period = {"kfac": 2, "eva": 1, "tengrad": 5, "seng": 5}[name]
+    period = {"kfac": 2, "ekfac": 2, "eva": 1, "tengrad": 5, "seng": 5}[name]
     assert updates == [1 + step // period for step in range(len(entries))]
     assert entries[-1][f"{name}/layers"] == 16 and entries[-1][f"{name}/nonfinite"] == 0
     assert (f"{name}/kl_scale" in entries[-1]) == (name in ("kfac", "eva"))
     assert not any(key.startswith("fngd/") for key in entries[-1])
 
 
-@pytest.mark.parametrize("name", ["kfac", "eva"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "eva"])
 def test_accumulation_has_the_scale_of_one_batch(name, tmp_path):
     """Gradients of single samples are the same, however many micro-batches an update has."""
     seen = []

@@ -44,7 +44,7 @@ def data():
 
 
 @pytest.mark.feature("Multiple choice", "works", "each choice is a sample")
-@pytest.mark.parametrize("optim", ["fngd", "kfac", "eva", "seng", "tengrad"])
+@pytest.mark.parametrize("optim", ["fngd", "kfac", "ekfac", "eva", "seng", "tengrad"])
 @pytest.mark.parametrize("kind", [Trainer, FNGDTrainer])
 def test_every_choice_is_weighted(kind, optim, tmp_path, caplog):
     caplog.set_level("WARNING")

@@ -19,7 +19,7 @@ def make(model: nn.Module, method: str, lr: float = 0.0, **settings: Any) -> Any
     defaults: dict[str, Any] = {"momentum": 0.0}
     if method != "plain":
         defaults |= {"damping": DAMPING, "damping_mode": "absolute"}
-    if method in ("tengrad", "seng", "kfac", "eva"):
+    if method in ("tengrad", "seng", "kfac", "ekfac", "eva"):
         defaults |= {"kl_clip": None, "fisher_labels": "empirical"}
     if method == "fngd":
         defaults["share"] = "none"

@@ -13,6 +13,7 @@ SETTINGS = {
     "fngd, layer": {"method": "fngd", "share": "layer"},
     "fngd, none": {"method": "fngd", "share": "none"},
     "kfac": {"method": "kfac", "inverse_period": 2},
+    "ekfac": {"method": "ekfac", "inverse_period": 2},
     "kfac, sampled": {"method": "kfac", "fisher_labels": "sampled"},
     "eva": {"method": "eva"},
     "tengrad": {"method": "tengrad", "update_period": 2},

@@ -28,7 +28,7 @@ from tests.helpers import (
 )
 from tests.methods.method_oracles import make, record
 
-METHODS = ["kfac", "eva", "tengrad", "seng"]
+METHODS = ["kfac", "ekfac", "eva", "tengrad", "seng"]
 DOUBLE = torch.float64
 
 

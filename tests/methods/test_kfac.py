@@ -339,7 +339,7 @@ def two_layers() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
 
 @pytest.mark.parametrize("clip", [1e-4, 1e-2, 1e6])
-@pytest.mark.parametrize("method", ["kfac", "eva", "tengrad", "seng"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "eva", "tengrad", "seng"])
 def test_kl_clip(method: str, clip: float) -> None:
     lr = 0.7
     model, loss = two_layers()

@@ -21,6 +21,9 @@ from tests.hf.test_runner import SETTINGS as SCRIPT_SETTINGS
 SETTINGS = {
     "kfac": {"kfac_solver": "inverse", "inverse_period": 1},
     "kfac-eigen-reduce": {"kfac_approx": "reduce"},
+    "ekfac": {"inverse_period": 1},
+    "ekfac-batch": {"second_moments": "batch"},
+    "ekfac-samples": {"second_moments": "samples", "curvature_power": 0.5},
     "eva": {},
     "tengrad": {"fisher_labels": "empirical"},
     "seng": {"sketch_size": 0},
@@ -92,7 +95,7 @@ def test_directions_of_two_ranks(name, two_ranks):
 def reference(name):
     """Take two micro-batches in one process, or for block methods the mean of the halves' parts."""
     halves = (slice(0, 6), slice(6, 12))
-    if name.startswith(("kfac", "eva")):
+    if name.startswith(("kfac", "ekfac", "eva")):
         model, inputs, classes = build()
         optimizer = make(name, model)
         optimizer.set_loss_scale(2)
@@ -122,7 +125,7 @@ def reference(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kfac", "tengrad", "seng"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "tengrad", "seng"])
 def test_ranks_agree_in_a_stock_script(name, tmp_path):
     out = run(
         SCRIPT,

@@ -19,13 +19,17 @@ from tests.helpers import assert_same, gradients
 from tests.methods.method_oracles import blocks, make
 
 DOUBLE = torch.float64
-METHODS = ["kfac", "eva", "tengrad", "seng"]
+METHODS = ["kfac", "ekfac", "eva", "tengrad", "seng"]
 BLOCKS = ["tengrad", "seng"]
 ROWS, BATCH, EPOCH, STEPS = 12, 4, 3, 10
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac": ("kfac", {"update_period": 3, "inverse_period": 4}),
     "kfac inverse": ("kfac", {"kfac_solver": "inverse", "kfac_approx": "reduce"}),
     "kfac sampled": ("kfac", {"fisher_labels": "sampled", "update_period": 2}),
+    "ekfac": ("ekfac", {"update_period": 2, "inverse_period": 4}),
+    "ekfac muon": ("ekfac", {"curvature_power": 0.5, "update_rule": "muon", "inverse_period": 3}),
+    "ekfac samples": ("ekfac", {"second_moments": "samples", "fisher_labels": "sampled"}),
+    "ekfac batch": ("ekfac", {"second_moments": "batch", "update_period": 3, "inverse_period": 3}),
     "eva": ("eva", {"update_period": 3, "stat_decay": 0.5}),
     "eva sampled": ("eva", {"fisher_labels": "sampled", "update_rule": "adamw"}),
     "tengrad": ("tengrad", {"update_period": 4}),
@@ -138,6 +142,7 @@ def test_a_loaded_state_is_a_copy(name: str) -> None:
 CHANGES: dict[str, dict[str, Any]] = {
     "kfac": {"kfac_solver": "inverse", "kfac_approx": "reduce", "inverse_period": 2},
     "kfac inverse": {"damping": 0.2, "stat_decay": 0.5, "kl_clip": None},
+    "ekfac": {"second_moments": "batch", "curvature_power": 0.5, "damping": 0.2},
     "eva": {"stat_decay": 0.1, "update_period": 2, "fisher_labels": "sampled", "seed": 1},
     "tengrad": {"kl_clip": 0.5, "damping_mode": "absolute", "fisher_labels": "empirical"},
     "seng": {"sketch_size": 3, "big_layer_size": 1, "big_rank": 1},
@@ -178,7 +183,7 @@ def test_other_layers_are_refused(name: str) -> None:
         start(build(), name, exclude_modules=["1"]).load_state_dict(state)
 
 
-@pytest.mark.parametrize("name", ["kfac", "eva", "tengrad", "seng", "plain"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "eva", "tengrad", "seng", "plain"])
 def test_a_state_of_another_version_is_refused(name: str) -> None:
     optimizer = start(build(), name)
     older = optimizer.state_dict()
@@ -229,8 +234,10 @@ def test_state_dtypes() -> None:
         *[("seng", "big_rank", v) for v in (0, -2, 1.0)],
         *[("seng", "sketch_size", v) for v in (-1, 2.5)],
         ("seng", "big_layer_size", -1),
-        *[(m, "stat_decay", v) for m in ("kfac", "eva") for v in (1, 1.0, -0.1)],
+        *[(m, "stat_decay", v) for m in ("kfac", "ekfac", "eva") for v in (1, 1.0, -0.1)],
         *[("kfac", "inverse_period", v) for v in (0, 0.5)],
+        *[("ekfac", "curvature_power", v) for v in (0, 1.5, True)],
+        ("ekfac", "second_moments", "rows"),
         ("kfac", "kfac_approx", "mean"),
         ("kfac", "kfac_solver", "eig"),
         *[(m, "kl_clip", v) for m in METHODS for v in (0, -1e-3, "norm", True)],
@@ -248,6 +255,8 @@ def test_bad_values_are_refused(method: str, field: str, value: Any) -> None:
     [
         ("kfac", "kfac_solvr", "kfac_solver"),
         ("kfac", "sketch_size", None),
+        ("ekfac", "kfac_solver", None),
+        ("ekfac", "second_moment", "second_moments"),
         ("eva", "stat_deacy", "stat_decay"),
         ("tengrad", "big_rank", None),
         ("seng", "sketchsize", "sketch_size"),
@@ -379,7 +388,7 @@ def test_a_smaller_batch_waits_once(method: str, caplog: pytest.LogCaptureFixtur
     assert len(messages) == 1 and "a batch of 4 is smaller" in messages[0]
 
 
-@pytest.mark.parametrize("method", ["kfac", "eva"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "eva"])
 def test_averages_take_small_batches(method: str) -> None:
     model = small()
     optimizer = make(model, method)
@@ -393,6 +402,8 @@ def test_averages_take_small_batches(method: str) -> None:
 HARD = [
     *[("kfac", {"kfac_solver": s, "kfac_approx": a, "stat_decay": 0.0, "inverse_period": 1})
       for s in ("eigen", "inverse") for a in ("expand", "reduce")],
+    *[("ekfac", {"second_moments": s, "stat_decay": 0.0, "inverse_period": 1})
+      for s in ("positions", "samples", "batch")],
     ("eva", {}),
     ("tengrad", {}),
     ("seng", {}),
@@ -497,7 +508,9 @@ def test_one_bad_sample_leaves_the_old_curvature(method: str, settings: dict, wh
     feed(model, optimizer, torch.randn(4, 5, 3))
     numbers = optimizer.statistics()
     assert numbers["nonfinite"] == 1
-    assert_same(optimizer.layers[0].state, old)
+    # Moments of the batch are of the whole gradient, which is finite here.
+    own = ("moments", "batches") if settings.get("second_moments") == "batch" else ()
+    assert_same(*({k: v for k, v in one.items() if k not in own} for one in (curvature.state, old)))
     assert any(not torch.equal(v, other[k]) for k, v in optimizer.layers[1].state.items())
     for value in [*model.state_dict().values(), *gradients(model).values()]:
         assert value.isfinite().all()
