@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sqlite3
+import sys
 
 import pytest
 from transformers import Seq2SeqTrainer
@@ -71,7 +72,9 @@ def test_clipping_is_not_reported_where_it_does_not_happen(tmp_path):
 
 
 def test_series_in_trackio_without_a_network(tmp_path, monkeypatch):
-    # Read when trackio is imported, which only this test does.
+    # Read when trackio is imported, which trl does as well.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     changes = {"report_to": ["trackio"], "project": "fngd-logs", "run_name": "one"}
     trainer = make_trainer(FNGDSeq2SeqTrainer, arguments(tmp_path, num_train_epochs=2, **changes))

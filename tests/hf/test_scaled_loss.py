@@ -28,7 +28,7 @@ class Mixed(FNGDMixin, Trainer):
 
 @pytest.mark.parametrize("problem", [torch.float64], indirect=True)
 @pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
-@pytest.mark.parametrize(("parts", "scale"), [(1, 1.0), *WAYS])
+@pytest.mark.parametrize(("parts", "scale"), WAYS)
 @pytest.mark.parametrize("cls", [Trainer, Mixed], ids=["stock", "mixin"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "plain"])
 def test_a_trainer_tells_the_scale(problem, method, cls, parts, scale, damping_mode, tmp_path):  # noqa: F811
