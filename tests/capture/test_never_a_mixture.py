@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_fngd import FNGD, create_fngd_optimizer
+from hf_fngd import FNGD, FNGDError, create_fngd_optimizer
 from tests.helpers import natural_gradient, sample_gradients
 
 WIDTH = 3
@@ -134,8 +134,8 @@ def shares(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def per_sample(model: nn.Sequential, part: int, x: Tensor) -> list[Tensor]:
-    """Gradients of single samples of one part's weight and bias, `[N, *shape]`."""
-    parameters = [*model[part].linear.parameters()]
+    """Gradients of single samples of one part's trained parameters, `[N, *shape]`."""
+    parameters = [p for p in model[part].linear.parameters() if p.requires_grad]
     return sample_gradients(lambda i: shares(model, x[i : i + 1])[0] / len(x), parameters, len(x))
 
 
@@ -145,10 +145,21 @@ def mean(u: list[Tensor], gamma: Tensor | None = None) -> list[Tensor]:
     return [torch.einsum("n,n...->...", gamma.to(one), one) / len(one) for one in u]
 
 
+ACCIDENTS = [
+    "none",
+    "accumulated",
+    "scaled",
+    "extra forward",
+    "exception",
+    "evaluation",
+    "frozen bias",
+    "other optimizer",
+]
+
 steps = st.tuples(
     st.integers(2, 5),  # samples
     st.sampled_from([2, 3, 4, 5]),  # positions
-    st.sampled_from(["plain", "plain", "accumulated", "scaled", "extra", "failed", "evaluated"]),
+    st.sampled_from(ACCIDENTS),
 )
 
 
@@ -171,20 +182,28 @@ def test_natural_or_plain(
         scale = 2.0**10 if accident == "scaled" else 1.0
         batches = [torch.randn(samples, positions, WIDTH).double() for _ in range(micro_batches)]
         optimizer.zero_grad()
-        if accident == "failed":
+        for net in (model, twin):
+            net[0].linear.bias.requires_grad_(accident != "frozen bias")
+        if accident == "exception":
             with pytest.raises(ZeroDivisionError):
                 backward_that_fails(model, optimizer, batches[0])
             optimizer.zero_grad()
         for x in batches:
             optimizer.set_batch(range(samples))
-            if accident == "extra":
+            if accident == "extra forward":
                 model(torch.randn(samples + 1, positions, WIDTH).double())
-            if accident == "evaluated":
+            if accident == "evaluation":
                 with torch.no_grad():
                     model(x[:1])
             (shares(model, x).sum() * scale / micro_batches).backward()
         for parameter in model.parameters():
-            parameter.grad /= scale
+            if parameter.grad is not None:
+                parameter.grad /= scale
+        if accident == "other optimizer":
+            before = copy.deepcopy(model.state_dict())
+            with pytest.raises(FNGDError, match="detach"):
+                torch.optim.SGD(model.parameters(), lr=1.0).step()
+            assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         for number, part in enumerate(parts):
             us = [per_sample(twin, number, x) for x in batches]
             plain = [mean(u) for u in us]
@@ -212,7 +231,7 @@ def check(
     **tolerance: float,
 ) -> str:
     """Return the name of the candidate that a part's gradients are, all of them alike."""
-    found = [parameter.grad for parameter in model[number].linear.parameters()]
+    found = [p.grad for p in model[number].linear.parameters() if p.grad is not None]
     names = [
         name
         for name, wanted in candidates.items()
