@@ -13,7 +13,7 @@ torch.backends.__allow_nonbracketed_mutation_flag = True
 
 RULES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "muon": torch.optim.Muon}
 INFOS = {rule: next(i for i in optim_db if i.optim_cls is kind) for rule, kind in RULES.items()}
-# Preconditioning comes before the rule, whichever it is: three methods stand for all with all rules.
+# Preconditioning comes before the rule, whichever it is: three methods stand for all of them.
 EVERY_RULE = ("plain", "fngd", "kfac")
 ROWS = [
     f"{method}-{rule}"
