@@ -167,10 +167,11 @@ class LayerOptimizer(torch.optim.Optimizer):
             capture.attach(module, layer)
         if self.weights_gradients:
             ownership.claim(self)
-        root = self._root()
-        if root is not None and not all(layer.rows_are_sure for layer in self.layers):
+        root, unsure = self._root(), not all(layer.rows_are_sure for layer in self.layers)
+        if self._first_look is None and root is not None and unsure:
             look = ownership.FirstLook(self)
             self._first_look = look.hook = root.register_forward_pre_hook(look, with_kwargs=True)
+            weakref.finalize(self, look.hook.remove).atexit = False
 
     def detach(self) -> None:
         """Take all layers out of capture; the model is as it was before."""
@@ -179,6 +180,7 @@ class LayerOptimizer(torch.optim.Optimizer):
         ownership.release(self)
         if self._first_look is not None:
             self._first_look.remove()
+            self._first_look = None
 
     # ---- what a training loop says -------------------------------------------------------------
 
@@ -430,7 +432,8 @@ class LayerOptimizer(torch.optim.Optimizer):
                 for what in states.DECISIONS:
                     for layer, known in zip(self.layers, saved[what], strict=True):
                         setattr(layer, what, known)
-                        layer.skipped = layer.left_out
+                for layer in self.layers:
+                    layer.skipped = layer.left_out
                 self.batches.left_out = {one.name for one in self.layers if one.left_out}
                 self.load_method_state(saved)
             except KeyError as missing:

@@ -1,6 +1,7 @@
 """Whether a layer has one row a sample is decided once for the layer, and kept."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -110,6 +111,9 @@ def test_the_look_at_the_first_batch_leaves_no_trace(turned):
     model, twin = Odd(turned), Odd(turned)
     twin.load_state_dict(model.state_dict())
     optimizer = create_fngd_optimizer(model, lr=0.0, share="none")
+    # A Trainer attaches an optimizer that is attached: one look is enough.
+    optimizer.attach()
+    assert len(model._forward_pre_hooks) == 1
     x = torch.randn(BATCH, BATCH, 4)
     given = x.clone()
     mask = {"mask": torch.ones(BATCH, BATCH), "options": [None, "text", {"size": 3}]}
@@ -131,6 +135,19 @@ def test_the_look_at_the_first_batch_leaves_no_trace(turned):
         zip(optimizer.layer_names, [one.rows_are_sure for one in optimizer.layers], strict=True)
     )
     assert sure == {"first": True, "inner": not turned}
+
+
+@pytest.mark.parametrize("how", ["detached", "gone"])
+def test_an_optimizer_without_a_batch_leaves_no_hook(how):
+    model = Odd(False)
+    optimizer = create_fngd_optimizer(model, lr=0.0, share="none")
+    assert model._forward_pre_hooks
+    if how == "detached":
+        optimizer.detach()
+    else:
+        del optimizer
+        gc.collect()
+    assert not model._forward_pre_hooks
 
 
 def test_a_model_that_cannot_be_asked_trains():
