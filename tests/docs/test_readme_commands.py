@@ -37,6 +37,10 @@ COVERED = {
     "python scripts/tables.py": (
         "tests/docs/test_readme.py::test_tables_are_those_of_the_code_and_the_result_files"
     ),
+    "python scripts/gpu_runs.py --tasks images --jobs 4 --images_epochs 8 --minutes 5.9 --work "
+    "runs/gpu --output scripts/bench/results/gpu/images.json": (
+        "tests/scripts/test_gpu_runs.py::test_good_and_bad_runs_have_results"
+    ),
     "python scripts/bench/gpu.py --rounds 6 --parts ceilings shapes rules methods --output "
     "scripts/bench/results/gpu/gpu.json": (
         "tests/scripts/test_gpu_bench.py::test_every_part_has_results"
