@@ -233,6 +233,7 @@ def test_accelerate_wraps_an_optimizer(row):
 @pytest.mark.feature("torch.optim: `torch.compile` of a step", "works", "breaks the graph")
 @pytest.mark.filterwarnings("ignore:Dynamo does not know")
 @pytest.mark.parametrize("row", ["fngd-sgd", "kfac-adamw", "plain-muon"])
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same(row):
     torch.compiler.reset()
     model, twin = network(), network()

@@ -248,6 +248,7 @@ def check(
     st.sampled_from(["sample", "layer"]),
     st.integers(0, 999),
 )
+@pytest.mark.slow
 def test_stored_coefficients_or_plain_and_nothing_after_the_owner(
     parts: list[type[Part]], shapes: list[tuple[int, int]], share: str, seed: int
 ) -> None:

@@ -12,7 +12,7 @@ from hf_fngd import FNGDError, FNGDSeq2SeqTrainer
 from tests.hf.test_runner import ROOT, run
 from tests.hf_utils import arguments, make_trainer, same, weights
 
-KILLS = 20
+KILLS = 12
 
 
 @pytest.mark.feature(

@@ -130,9 +130,10 @@ def test_marian_learns_in_a_plain_loop(method):
 
 
 @NAMES
+@pytest.mark.slow
 def test_resumed_run_is_bit_identical(name, tmp_path):
     whole = run(FNGDSeq2SeqTrainer, tmp_path / "whole", name)
-    for stop in (1, 4, 7):
+    for stop in (1, 7):
         folder = tmp_path / f"cut{stop}"
         run(FNGDSeq2SeqTrainer, folder, name, stop=stop)
         checkpoint = str(folder / f"checkpoint-{stop}")

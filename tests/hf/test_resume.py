@@ -44,7 +44,13 @@ def run(cls, folder, settings, *, stop=None, resume=None, **changes):
 @pytest.mark.feature("Resume from a checkpoint", "works", "same bits on a CPU")
 @pytest.mark.parametrize(
     ("cls", "settings"),
-    [(FNGDSeq2SeqTrainer, s) for s in SETTINGS] + [(Seq2SeqTrainer, SETTINGS[0])],
+    [
+        pytest.param(cls, settings, marks=[] if settings == SETTINGS[0] else pytest.mark.slow)
+        for cls, settings in [
+            *((FNGDSeq2SeqTrainer, one) for one in SETTINGS),
+            (Seq2SeqTrainer, SETTINGS[0]),
+        ]
+    ],
     ids=[*SETTINGS, "stock-trainer"],
 )
 def test_resumed_run_is_bit_identical(cls, settings, tmp_path):
@@ -60,6 +66,7 @@ def test_resumed_run_is_bit_identical(cls, settings, tmp_path):
 
 
 @pytest.mark.feature("Coefficients in a file (`store_dir`)", "works", "nothing of it stays behind")
+@pytest.mark.slow
 def test_run_with_coefficients_in_a_file(tmp_path):
     whole = run(FNGDSeq2SeqTrainer, tmp_path / "whole", "share=sample")
     (tmp_path / "store").mkdir()

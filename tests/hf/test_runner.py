@@ -119,6 +119,7 @@ def test_nothing_outside_the_process_changes(tmp_path):
     assert installed() == before and not list(work.iterdir())
 
 
+@pytest.mark.slow
 def test_script_sees_its_own_folder_first(tmp_path):
     (tmp_path / "neighbour.py").write_text("VALUE = 3\n")
     script = tmp_path / "main.py"

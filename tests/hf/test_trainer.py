@@ -287,6 +287,7 @@ def test_generation_between_steps_changes_nothing(tmp_path):
 
 
 @pytest.mark.feature("`auto_find_batch_size`", "works")
+@pytest.mark.slow
 def test_auto_find_batch_size_after_out_of_memory(tmp_path):
     class Hungry(FNGDSeq2SeqTrainer):
         def compute_loss(self, model, inputs, **kwargs):

@@ -131,6 +131,7 @@ assert matplotlib.get_backend() == "pdf" and "matplotlib.pyplot" not in sys.modu
 """
 
 
+@pytest.mark.slow
 def test_drawing_leaves_the_backend_of_a_notebook_alone(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", DRAW, str(tmp_path)], cwd=ROOT, capture_output=True, text=True

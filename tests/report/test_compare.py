@@ -196,6 +196,7 @@ def test_metric_of_runs_without_evaluations(tmp_path, capsys):
     assert "no run has logged a validation metric" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     shutil.copytree(CARDS / "tatoeba-demo", tmp_path / "demo")
     out = run("compare", "demo", cwd=tmp_path)

@@ -177,6 +177,7 @@ def test_architecture_that_is_no_model_is_not_called(tmp_path):
     assert type(load_model(str(tmp_path))).__name__ == "ViTModel"
 
 
+@pytest.mark.slow
 def test_command_and_a_script_of_the_same_name(tmp_path):
     out = run("explain", "someone/nothing", cwd=tmp_path)
     assert out.returncode == 2 and "Traceback" not in out.stderr

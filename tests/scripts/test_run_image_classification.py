@@ -107,6 +107,7 @@ def metrics(folder, out="out"):
     return json.loads((folder / out / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_process_leaves_everything(tmp_path):
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     right = "{'right': sum(p == r for p, r in zip(predictions, references))}"

@@ -327,6 +327,7 @@ def test_bad_input_is_one_line_with_a_way_out_and_nothing_is_lost(
     assert [p.name for p in kept.parent.iterdir()] == ["metrics.json"]
 
 
+@pytest.mark.slow
 def test_exit_code_of_the_process(files):
     out = run(*options(files, train_file=files / "none.jsonl"))
     assert out.returncode == 2 and "Traceback" not in out.stderr

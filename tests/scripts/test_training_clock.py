@@ -35,6 +35,7 @@ class Slow(Seq2SeqTrainer):
         return super().training_step(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_only_training_counts_and_a_resumed_run_goes_on(tmp_path, clock):
     often = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "logging_steps": 1}
     saves = {"save_strategy": "steps", "save_steps": 3}
