@@ -184,9 +184,15 @@ class OptimizerConfig:
     )
     update_rule: str = setting(
         "sgd",
-        "Update rule of the selected weights: sgd (momentum; the papers), adamw or muon. AdamW "
-        "updates all other parameters.",
-        choices=("sgd", "adamw", "muon"),
+        "Update rule of the selected weights: sgd (momentum; the papers), adamw, muon or soap.",
+        choices=("sgd", "adamw", "muon", "soap"),
+        resumed=True,
+    )
+    other_rule: str = setting(
+        "adamw",
+        "Update rule of all other parameters: adamw, or soap (AdamW in the eigenbasis of the "
+        "features of embeddings and of the head).",
+        choices=("adamw", "soap"),
         resumed=True,
     )
     momentum: float = setting(

@@ -26,14 +26,14 @@ from hf_fngd.capture import Batch, Batches, LayerMethod
 from hf_fngd.config import OptimizerConfig, refuse_arguments_of_torch
 from hf_fngd.errors import FNGDError, check_number
 from hf_fngd.layers.selection import divide, select_layers
-from hf_fngd.rules import apply_rule, step_device, working_dtype
+from hf_fngd.rules import NAMES, apply_rule, place
 from hf_fngd.scale import GradientScale
 
 logger = logging.getLogger(__name__)
 
 
 class LayerOptimizer(torch.optim.Optimizer):
-    """An update rule for the selected layers and AdamW for the rest, after any preconditioning.
+    """An update rule for the selected layers and one for the rest, after any preconditioning.
 
     Momentum and decoupled weight decay follow the preconditioning, in every method alike.
 
@@ -103,7 +103,9 @@ class LayerOptimizer(torch.optim.Optimizer):
             "eps": config.adam_epsilon,
             "update_scale": config.update_scale,
         }
-        groups = divide(params, self.selection, config.update_rule, config.other_lr)
+        groups = divide(
+            params, self.selection, config.update_rule, config.other_lr, config.other_rule
+        )
         super().__init__(groups, defaults)
         self.set_up(module)
         self.captured = []
@@ -135,17 +137,20 @@ class LayerOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict) or "rule" in param_group:
             super().add_param_group(param_group)
             return
-        rule, other_lr = self.config.update_rule, self.config.other_lr
+        own = self.config
         before = len(self.param_groups)
-        for group in divide([param_group], self.selection, rule, other_lr):
+        for group in divide(
+            [param_group], self.selection, own.update_rule, own.other_lr, own.other_rule
+        ):
             super().add_param_group(group)
         chosen = {id(p) for p in self.selection.parameters()}
         added = [p for group in self.param_groups[before:] for p in group["params"]]
         if any(p.dim() > 1 and id(p) not in chosen for p in added):
             logger.warning(
-                "%s: AdamW updates weights that were added now, since layers are selected when the "
+                "%s: %s updates weights that were added now, since layers are selected when the "
                 "optimizer is made: make the optimizer anew to select more of them",
                 self.config.title,
+                NAMES[self.config.other_rule],
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -450,9 +455,7 @@ class LayerOptimizer(torch.optim.Optimizer):
             order = [i for group in plain["param_groups"] for i in group["params"]]
             for number, param in zip(order, members, strict=True):
                 for key, value in plain["state"].get(number, {}).items():
-                    counts = key == "step"
-                    device = step_device(param) if counts else param.device
-                    dtype = torch.float32 if counts else working_dtype(param)
+                    device, dtype = place(key, param)
                     value = torch.as_tensor(value, dtype=dtype, device=device)
                     self.state[param][key] = value.detach().clone()
 

@@ -1,8 +1,9 @@
-"""Update rules, applied to gradients that a method has already preconditioned: SGD, AdamW, Muon.
+"""Update rules, applied to gradients that a method has already preconditioned.
 
-The rules are torch's own optimizers, so that without a preconditioner a step equals torch.optim's
-bit for bit (on a CPU that of `AdamW(fused=True)`). Weight decay is decoupled in all of them. State
-is kept in float32 under bf16 and fp16 parameters.
+SGD, AdamW and Muon are torch's own optimizers, so that without a preconditioner a step equals
+torch.optim's bit for bit (on a CPU that of `AdamW(fused=True)`); SOAP is torch's AdamW in another
+basis. Weight decay is decoupled in all of them. State is kept in float32 under bf16 and fp16
+parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hf_fngd.errors import FNGDError
+from hf_fngd.soap import COUNTS, into_basis, out_of_basis, turns
 
 # Root mean square of a typical AdamW update (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 ADAMW_RMS = 0.2
@@ -139,7 +141,7 @@ def adamw_rule(
 ) -> None:
     """Step by AdamW (Loshchilov & Hutter 2019)."""
     for param, state in zip(params, states, strict=True):
-        if not state:
+        if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=step_device(param))
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
@@ -197,12 +199,68 @@ def muon_rule(
             param.copy_(matrix.view_as(param))
 
 
-RULES: dict[str, Rule] = {"sgd": sgd_rule, "adamw": adamw_rule, "muon": muon_rule}
+def soap_rule(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """Step by AdamW, in the basis of `hf_fngd.soap` where a parameter has one."""
+    turning = [turns(param) for param in params]
+
+    def part(all_: list[Any], wanted: bool) -> list[Any]:
+        return [one for one, turned in zip(all_, turning, strict=True) if turned == wanted]
+
+    if not all(turning):
+        adamw_rule(part(params, False), part(grads, False), part(states, False), group)
+    some, own = part(params, True), part(states, True)
+    if not some:
+        return
+    beta2 = group["betas"][1]
+    turned = [
+        into_basis(grad, state, beta2) for grad, state in zip(part(grads, True), own, strict=True)
+    ]
+    # What AdamW adds to nothing is the step.
+    steps = [torch.zeros_like(one) for one in turned]
+    adamw_rule(steps, turned, own, {**group, "weight_decay": 0.0})
+    for param, step, state in zip(some, steps, own, strict=True):
+        if group["weight_decay"]:
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(out_of_basis(step, state).view_as(param))
+
+
+RULES: dict[str, Rule] = {
+    "sgd": sgd_rule,
+    "adamw": adamw_rule,
+    "muon": muon_rule,
+    "soap": soap_rule,
+}
+
+
+# As they are written in messages.
+NAMES = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon", "soap": "SOAP"}
 
 
 def working_dtype(param: Tensor) -> torch.dtype:
     """Return the precision of a parameter's update and of its state."""
     return torch.promote_types(param.dtype, torch.float32)
+
+
+def place(key: str, param: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Return device and precision of a part of a parameter's state.
+
+    Args:
+        key: Name of the part.
+        param: The parameter.
+
+    Returns:
+        Where the rules look for it.
+    """
+    if key == "step":
+        return step_device(param), torch.float32
+    if key in COUNTS:
+        return torch.device("cpu"), torch.float32
+    return param.device, working_dtype(param)
 
 
 def apply_rule(

@@ -114,8 +114,11 @@ def _check_settings(config: Any, saved: dict[str, Any]) -> None:
     gone = sorted(saved.keys() - known.keys())
     if gone:
         raise FNGDError(other_version(f"a setting {gone[0]}"))
+    new_ones = sorted(known.keys() - saved.keys())
+    if new_ones:
+        raise FNGDError(other_version(f"no setting {new_ones[0]}"))
     for name in config.resumed_fields():
-        old, new = saved.get(name), known[name]
+        old, new = saved[name], known[name]
         if old != new:
             raise FNGDError(
                 f"the checkpoint was written with {name}={old}, this run has {name}={new}: "

@@ -23,7 +23,7 @@ PACKAGE = Path(hf_fngd.__file__).parent
 # From the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
     ("errors", "ranks", "scale", "solve", "states"),
-    ("config", "layers", "rules"),
+    ("config", "layers", "rules", "soap"),
     ("capture",),
     ("ownership",),
     ("optimizer",),

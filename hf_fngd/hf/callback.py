@@ -15,6 +15,7 @@ from hf_fngd.errors import FNGDError
 from hf_fngd.hf.row_numbers import has_rows, number
 from hf_fngd.hf.samples import SampleHook, fingerprint
 from hf_fngd.optimizer import LayerOptimizer
+from hf_fngd.rules import NAMES
 
 logger = logging.getLogger(__name__)
 _LOW_REUSE = 0.9
@@ -167,11 +168,12 @@ class FNGDCallback(TrainerCallback):
             title, selection = optimizer.config.title, optimizer.selection
             logger.info("%s layers:\n%s", title, selection)
             logger.warning(
-                "%s: %d layers selected, %d other modules updated by AdamW; "
+                "%s: %d layers selected, %d other modules updated by %s; "
                 "print(optimizer.selection) lists them",
                 title,
                 len(selection.chosen),
                 len(selection.left_out),
+                NAMES[optimizer.config.other_rule],
             )
 
     def listen(self, model: nn.Module, optimizer: LayerOptimizer) -> None:

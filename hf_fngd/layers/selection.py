@@ -217,16 +217,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def divide(
-    params: Iterable[Any], selection: Selection, rule: str, other_lr: float | None
+    params: Iterable[Any],
+    selection: Selection,
+    rule: str,
+    other_lr: float | None,
+    other_rule: str = "adamw",
 ) -> list[dict[str, Any]]:
     """Divide every parameter group into the weights of selected layers and the others.
 
     Args:
         params: Parameters, pairs of name and parameter, or parameter groups of either.
         selection: The layers.
-        rule: Update rule of their weights (Muon: of those with two dimensions or more); AdamW
-            updates the others.
+        rule: Update rule of their weights (Muon: of those with two dimensions or more).
         other_lr: Learning rate of the others; None: that of their group.
+        other_rule: Update rule of the others.
 
     Returns:
         Groups, those of selected weights first, each with its `rule`.
@@ -256,5 +260,5 @@ def divide(
         if mine:
             first.append({**group, "params": mine, "rule": rule})
         if rest:
-            second.append({**group, **own, "params": rest, "rule": "adamw"})
+            second.append({**group, **own, "params": rest, "rule": other_rule})
     return first + second

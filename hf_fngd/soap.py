@@ -1,0 +1,128 @@
+"""The basis of SOAP: eigenvectors of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321).
+
+For the gradient M `[d_out, d_in]` of a matrix W, with L and R running averages of MMᵀ and MᵀM, and
+their eigenvectors Q_L and Q_R, SOAP is Adam on Q_LᵀMQ_R, whose steps are turned back.
+
+A side longer than `LONGEST` keeps its own coordinates, as that of a vocabulary does: an embedding
+and a head have a basis for their features alone. There it matters most: the inputs of a head share
+a large mean, so the gradients of all its rows do, and scales of single entries cannot take it out.
+
+Adam's moments live in the basis. A new basis takes them along, the first as a matrix and the second
+as a diagonal: v ← (T_L ∘ T_L) v (T_R ∘ T_R)ᵀ with T = Q_newᵀQ_old. Where eigenvectors only change
+their order or sign, that reorders v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fngd.errors import FNGDError
+from hf_fngd.solve.coefficients import eigen
+
+# Steps from one basis to the next. Factors average the gradients of these steps only.
+PERIOD = 10
+# Longest side that has a basis, whose eigenvectors would take too long beyond.
+LONGEST = 1024
+# Counters in a state: steps since the basis is in use, and gradients in the factors.
+COUNTS = ("age", "seen")
+
+
+def turns(param: Tensor) -> bool:
+    """Return whether a parameter has a basis.
+
+    Args:
+        param: A parameter.
+
+    Returns:
+        Whether it is a real matrix (a kernel counts as one, `[d_out, rest]`; a row or a column
+        does not) with a side that is not too long.
+    """
+    if param.dim() < 2 or param.is_complex() or not param.numel():
+        return False
+    shorter, _ = sorted((len(param), param[0].numel()))
+    return 1 < shorter <= LONGEST
+
+
+def into_basis(grad: Tensor, state: dict[str, Any], beta2: float) -> Tensor:
+    """Turn a gradient into the parameter's basis, which is renewed every `PERIOD` steps.
+
+    Args:
+        grad: Gradient of the parameter.
+        state: The parameter's optimizer state, changed in place.
+        beta2: Weight of the old factors in their averages, a step.
+
+    Returns:
+        Q_LᵀMQ_R, `[d_out, d_in]`.
+
+    Raises:
+        FNGDError: For a part of a gradient (FSDP).
+    """
+    if hasattr(grad, "placements"):
+        raise FNGDError(
+            "SOAP needs whole gradients, which FSDP divides among processes: use DDP, or set "
+            "other_rule=adamw and another update_rule"
+        )
+    matrix = grad.reshape(len(grad), -1)
+    age = int(state.get("age", PERIOD))
+    if age >= PERIOD:
+        _renew(matrix, state, beta2**PERIOD)
+        age = 0
+    # On the CPU, where the next step reads it without waiting.
+    state["age"] = torch.tensor(float(age + 1))
+    return _turn(matrix, *(_basis(state, side) for side in ("left", "right")))
+
+
+def out_of_basis(turned: Tensor, state: dict[str, Any]) -> Tensor:
+    """Turn an update back.
+
+    Args:
+        turned: Update in the basis, `[d_out, d_in]`.
+        state: The parameter's optimizer state.
+
+    Returns:
+        Q_L U Q_Rᵀ.
+    """
+    left, right = (_basis(state, side) for side in ("left", "right"))
+    return _turn(turned, *(None if q is None else q.mT for q in (left, right)))
+
+
+def _basis(state: dict[str, Any], side: str) -> Tensor | None:
+    return state.get(f"basis_{side}")
+
+
+def _turn(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is not None:
+        matrix = left.mT @ matrix
+    return matrix if right is None else matrix @ right
+
+
+def _renew(matrix: Tensor, state: dict[str, Any], decay: float) -> None:
+    """Take a gradient into the factors, and find the basis and the moments in it."""
+    seen = int(state.get("seen", 0)) + 1
+    keep = min(1 - 1 / seen, decay)
+    turned: dict[str, Tensor] = {}
+    for side, rows in (("left", matrix), ("right", matrix.mT)):
+        if len(rows) > LONGEST:
+            continue
+        factor = rows @ rows.mT
+        if seen > 1:
+            factor = state[f"factor_{side}"].lerp(factor, 1 - keep)
+        if not bool(factor.isfinite().all()):
+            # The old basis stays; without one, the coordinates are their own.
+            factor = state.get(f"factor_{side}", torch.eye(len(rows)).to(rows))
+        _, basis = eigen(factor)
+        old = _basis(state, side)
+        if old is not None:
+            turned[side] = basis.mT @ old
+        state[f"factor_{side}"], state[f"basis_{side}"] = factor, basis
+    state["seen"] = torch.tensor(float(seen))
+    if turned and "exp_avg" in state:
+        left, right = (
+            t.mT if (t := turned.get(s)) is not None else None for s in ("left", "right")
+        )
+        state["exp_avg"] = _turn(state["exp_avg"], left, right)
+        squares = [None if t is None else t.square() for t in (left, right)]
+        state["exp_avg_sq"] = _turn(state["exp_avg_sq"], *squares)
