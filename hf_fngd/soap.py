@@ -1,11 +1,13 @@
 """The basis of SOAP: eigenvectors of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321).
 
 For the gradient M `[d_out, d_in]` of a matrix W, with L and R running averages of MMᵀ and MᵀM, and
-their eigenvectors Q_L and Q_R, SOAP is Adam on Q_LᵀMQ_R, whose steps are turned back.
+their eigenvectors Q_L and Q_R, SOAP is Adam on Q_LᵀMQ_R, whose steps are turned back. Later bases
+come from one step of orthogonal iteration, as in the paper: the Q of a QR decomposition of LQ_L.
 
-A side longer than `LONGEST` keeps its own coordinates, as that of a vocabulary does: an embedding
-and a head have a basis for their features alone. There it matters most: the inputs of a head share
-a large mean, so the gradients of all its rows do, and scales of single entries cannot take it out.
+A side that is much longer than the other keeps its own coordinates, as that of a vocabulary does:
+an embedding and a head have a basis for their features alone. There it matters most: the inputs of
+a head share a large mean, so the gradients of all its rows do, and scales of single entries cannot
+take it out.
 
 Adam's moments live in the basis. A new basis takes them along, the first as a matrix and the second
 as a diagonal: v ← (T_L ∘ T_L) v (T_R ∘ T_R)ᵀ with T = Q_newᵀQ_old. Where eigenvectors only change
@@ -24,26 +26,35 @@ from hf_fngd.solve.coefficients import eigen
 
 # Steps from one basis to the next. Factors average the gradients of these steps only.
 PERIOD = 10
-# Longest side that has a basis, whose eigenvectors would take too long beyond.
-LONGEST = 1024
+# Longest side that has a basis, and how often it may be as long as the other.
+LONGEST, RATIO = 4096, 8
 # Counters in a state: steps since the basis is in use, and gradients in the factors.
 COUNTS = ("age", "seen")
 
 
-def turns(param: Tensor) -> bool:
-    """Return whether a parameter has a basis.
+def sides(shape: torch.Size) -> dict[str, int]:
+    """Return the sides of a parameter that have a basis.
 
     Args:
-        param: A parameter.
+        shape: Its shape; a kernel counts as the matrix `[d_out, rest]`, and a row or a column as no
+            matrix.
 
     Returns:
-        Whether it is a real matrix (a kernel counts as one, `[d_out, rest]`; a row or a column
-        does not) with a side that is not too long.
+        Their lengths, by `left` and `right`.
     """
-    if param.dim() < 2 or param.is_complex() or not param.numel():
-        return False
-    shorter, _ = sorted((len(param), param[0].numel()))
-    return 1 < shorter <= LONGEST
+    if len(shape) < 2:
+        return {}
+    lengths = {"left": shape[0], "right": shape[1:].numel()}
+    shorter = min(lengths.values())
+    if shorter < 2:
+        return {}
+    longest = min(LONGEST, RATIO * shorter)
+    return {name: length for name, length in lengths.items() if length <= longest}
+
+
+def turns(param: Tensor) -> bool:
+    """Return whether a parameter has a basis: a real one with a side that is not too long."""
+    return not param.is_complex() and bool(sides(param.shape))
 
 
 def into_basis(grad: Tensor, state: dict[str, Any], beta2: float) -> Tensor:
@@ -104,25 +115,33 @@ def _renew(matrix: Tensor, state: dict[str, Any], decay: float) -> None:
     seen = int(state.get("seen", 0)) + 1
     keep = min(1 - 1 / seen, decay)
     turned: dict[str, Tensor] = {}
-    for side, rows in (("left", matrix), ("right", matrix.mT)):
-        if len(rows) > LONGEST:
-            continue
-        factor = rows @ rows.mT
-        if seen > 1:
-            factor = state[f"factor_{side}"].lerp(factor, 1 - keep)
-        if not bool(factor.isfinite().all()):
-            # The old basis stays; without one, the coordinates are their own.
-            factor = state.get(f"factor_{side}", torch.eye(len(rows)).to(rows))
-        _, basis = eigen(factor)
-        old = _basis(state, side)
+    for side in sides(matrix.shape):
+        rows = matrix if side == "left" else matrix.mT
+        old, factor = state.get(f"factor_{side}"), rows @ rows.mT
         if old is not None:
-            turned[side] = basis.mT @ old
-        state[f"factor_{side}"], state[f"basis_{side}"] = factor, basis
+            factor = old.lerp(factor, 1 - keep)
+        if not bool(factor.isfinite().all()):
+            # The old one stays; without one, the coordinates are their own.
+            factor = torch.eye(len(rows)).to(rows) if old is None else old
+        basis = _basis(state, side)
+        state[f"factor_{side}"] = factor
+        state[f"basis_{side}"] = found = _vectors(factor, basis)
+        if basis is not None:
+            turned[side] = found.mT @ basis
     state["seen"] = torch.tensor(float(seen))
-    if turned and "exp_avg" in state:
+    if turned:
         left, right = (
             t.mT if (t := turned.get(s)) is not None else None for s in ("left", "right")
         )
         state["exp_avg"] = _turn(state["exp_avg"], left, right)
         squares = [None if t is None else t.square() for t in (left, right)]
         state["exp_avg_sq"] = _turn(state["exp_avg_sq"], *squares)
+
+
+def _vectors(factor: Tensor, basis: Tensor | None) -> Tensor:
+    """Return eigenvectors, largest eigenvalue first, or a step towards them from an older basis."""
+    if basis is None:
+        return eigen(factor)[1].flip(1)
+    product = factor @ basis
+    order = (basis * product).sum(0).argsort(descending=True)
+    return torch.linalg.qr(product[:, order])[0]

@@ -21,10 +21,20 @@ def often(monkeypatch):
     monkeypatch.setattr(soap, "PERIOD", 3)
 
 
+def orthogonal(matrix):
+    """Gram and Schmidt, one column after the other, with any signs."""
+    columns = []
+    for column in matrix.t():
+        for _ in range(2):
+            column = column - sum((one @ column) * one for one in columns)
+        columns.append(column / column.norm() * (1 - 2 * torch.randint(2, ())))
+    return torch.stack(columns, 1)
+
+
 def reference(start, gradients, group):
-    """SOAP with eigenvectors in another order and with other signs, one entry after the other."""
+    """SOAP with eigenvectors of other signs, one entry after the other."""
     w = start.clone()
-    sides = [n <= soap.LONGEST for n in w.shape]
+    sides = [n <= min(soap.LONGEST, soap.RATIO * min(w.shape)) for n in w.shape]
     factors, bases = [None, None], [torch.eye(n).to(w) for n in w.shape]
     first, second = torch.zeros_like(w), torch.zeros_like(w)
     beta1, beta2 = group["betas"]
@@ -37,20 +47,25 @@ def reference(start, gradients, group):
                 if sides[side]:
                     old = factors[side]
                     factors[side] = product if old is None else keep * old + (1 - keep) * product
-                    vectors = torch.linalg.eigh(factors[side])[1]
-                    order = torch.randperm(len(vectors))
-                    signs = torch.randint(0, 2, (len(vectors),)).to(w) * 2 - 1
-                    bases[side] = vectors[:, order] * signs
+                    if seen == 1:
+                        vectors = torch.linalg.eigh(factors[side])[1].flip(1)
+                        signs = 1 - 2 * torch.randint(2, (len(vectors),))
+                        bases[side] = (vectors * signs).contiguous()
+                        continue
+                    sizes = (bases[side].t() @ factors[side] @ bases[side]).diagonal()
+                    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+                    bases[side] = orthogonal(factors[side] @ bases[side][:, order])
             # The moments as a vector and as a diagonal over the entries of W.
             old, new = (torch.kron(*pair) for pair in (before, bases))
-            first = (new.t() @ old @ first.reshape(-1)).view_as(w)
-            second = (new.t() @ (old * second.reshape(-1)) @ old.t() @ new).diagonal().view_as(w)
+            first = (new.t() @ old @ first.reshape(-1)).reshape(w.shape)
+            curvature = (old * second.reshape(-1)) @ old.t()
+            second = (new.t() @ curvature @ new).diagonal().reshape(w.shape)
         turned = bases[0].t() @ m @ bases[1]
         first = beta1 * first + (1 - beta1) * turned
         second = beta2 * second + (1 - beta2) * turned**2
-        step = torch.empty_like(w)
+        step = torch.empty(w.shape, dtype=w.dtype)
         for index in range(w.numel()):
-            mean, square = first.view(-1)[index], second.view(-1)[index]
+            mean, square = first.reshape(-1)[index], second.reshape(-1)[index]
             root = math.sqrt(square / (1 - beta2**k))
             step.view(-1)[index] = mean / (1 - beta1**k) / (root + group["eps"])
         w = (1 - group["lr"] * group["weight_decay"]) * w
@@ -69,13 +84,34 @@ def problem(*shape, steps=11, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype), list(torch.randn(steps, *shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("longest", [6, 4, 1024])
+@pytest.mark.parametrize(("longest", "ratio"), [(6, 8), (4, 8), (4096, 8), (4096, 1)])
 @pytest.mark.parametrize("shape", [(5, 4), (4, 5), (3, 3), (7, 5), (5, 7), (2, 3)])
-def test_the_algorithm(shape, longest, monkeypatch):
+def test_the_algorithm(shape, longest, ratio, monkeypatch):
     monkeypatch.setattr(soap, "LONGEST", longest)
+    monkeypatch.setattr(soap, "RATIO", ratio)
     start, gradients = problem(*shape)
     found, _ = trained(start, gradients)
     torch.testing.assert_close(found, reference(start, gradients, GROUP), **EXACT)
+
+
+def test_sides_with_a_basis():
+    size = torch.Size
+    both = {"left": 768, "right": 3072}
+    assert soap.sides(size([768, 3072])) == both and soap.sides(size([768, 3072, 1, 1])) == both
+    for words in (4_000, 50_257):
+        assert soap.sides(size([words, 128])) == {"right": 128}
+    assert soap.sides(size([32_000, 4096])) == {"right": 4096}
+    assert soap.sides(size([5000, 5000])) == {}
+
+
+def test_the_basis_is_that_of_the_factor():
+    start, gradients = problem(5, 4, steps=1)
+    _, state = trained(start, gradients * 600)
+    for side in ("left", "right"):
+        basis, factor = state[f"basis_{side}"], state[f"factor_{side}"]
+        inside = basis.t() @ factor @ basis
+        torch.testing.assert_close(inside, inside.diagonal().diag(), **EXACT)
+        assert (inside.diagonal().diff() <= 1e-12).all(), "largest first"
 
 
 def test_a_kernel_is_a_matrix():

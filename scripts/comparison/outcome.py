@@ -133,6 +133,27 @@ def spread(numbers: Sequence[float]) -> str:
     return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
 
 
+def difference(name: str, runs: Sequence[Any], others: Sequence[Any]) -> str:
+    """Format the mean difference of runs with the same seed, and its standard error.
+
+    Args:
+        name: Key of the result.
+        runs: Results of one optimizer.
+        others: Results of the other.
+
+    Returns:
+        Text; a single pair has no error.
+    """
+    theirs = {run["run"]: run[name] for run in others}
+    found = [run[name] - theirs[run["run"]] for run in runs if run["run"] in theirs]
+    if not found:
+        return NONE
+    if len(found) == 1:
+        return f"{found[0]:+.3f}"
+    error = statistics.stdev(found) / math.sqrt(len(found))
+    return f"{statistics.mean(found):+.3f} ± {error:.3f}"
+
+
 def _made(plan: Plan, folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     found = (results.read(folder, job, plan.script.name) for job in jobs)
     return [result for result in found if result is not None]

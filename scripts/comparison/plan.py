@@ -17,7 +17,7 @@ OBJECTIVES = {"eval_loss": False, "eval_accuracy": True, "eval_bleu": True, "eva
 # Settings that the comparison chooses for each run.
 RESERVED = ("optim", "optim_args", "output_dir", "do_train", "do_eval", "do_predict")
 REQUIRED = ("script", "base", "optimizers", "trials", "final_seeds", "objective")
-OPTIONAL = ("seed", "search_overrides", "final_metrics", "equal_time", "timed")
+OPTIONAL = ("seed", "search_overrides", "final_metrics", "equal_time", "timed", "paired_with")
 
 
 class PlanError(ValueError):
@@ -51,6 +51,7 @@ class Plan:
     final_metrics: tuple[str, ...]
     equal_time: str | None
     timed: bool
+    paired_with: str | None
 
     @property
     def more_is_better(self) -> bool:
@@ -96,9 +97,10 @@ def load_plan(path: Path) -> Plan:
     metrics = _list("final_metrics", raw.get("final_metrics", []))
     if not all(isinstance(name, str) for name in metrics):
         raise PlanError(f"final_metrics must be a list of names, not {metrics!r}")
-    reference = raw.get("equal_time")
-    if reference is not None and reference not in optimizers:
-        raise PlanError(f"equal_time {reference!r} is not a label: choose {', '.join(optimizers)}")
+    reference, paired_with = raw.get("equal_time"), raw.get("paired_with")
+    for name, label in (("equal_time", reference), ("paired_with", paired_with)):
+        if label is not None and label not in optimizers:
+            raise PlanError(f"{name} {label!r} is not a label: choose {', '.join(optimizers)}")
     timed = raw.get("timed", True)
     if not isinstance(timed, bool):
         raise PlanError(f"timed must be true or false, not {timed!r}")
@@ -123,6 +125,7 @@ def load_plan(path: Path) -> Plan:
         final_metrics=tuple(metrics),
         equal_time=reference,
         timed=timed,
+        paired_with=paired_with,
     )
 
 

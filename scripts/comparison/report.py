@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from comparison import results
 from comparison.jobs import TRAINER_SETTINGS, optim_args
-from comparison.outcome import NONE, Outcome, outcomes, spread
+from comparison.outcome import NONE, Outcome, difference, outcomes, spread
 from comparison.plan import Plan, shown
 from comparison.search import at_edge
 from hf_fngd.report.plots import plot
@@ -67,6 +67,7 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             "final runs": f"{len(outcome.usable)} of {len(plan.final_seeds)}",
             **{f"test {name}": spread(outcome.numbers(name)) for name in plan.final_metrics},
             plan.objective: spread(outcome.numbers("objective")),
+            **_against(plan, outcome, found),
             **({"AUC of γ": spread(_auc(outcome))} if any(map(_auc, found)) else {}),
             "training loss": spread(outcome.numbers("train_loss")),
         }
@@ -99,11 +100,28 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
         "",
         f"Final runs: mean ± sample standard deviation; seeds: {seeds}. {source} Training loss: "
         "the last logged one.",
+        *_pairs(plan),
         *_equal_time(plan, found),
         *_notes(plan, found),
         *_machine(found),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pairs(plan: Plan) -> list[str]:
+    if plan.paired_with is None:
+        return []
+    told = f"{plan.objective} against {plan.paired_with}: mean difference between runs of the same "
+    return [f"{told}seed (initial weights, order of the data) ± its standard error."]
+
+
+def _against(plan: Plan, outcome: Outcome, found: Sequence[Outcome]) -> dict[str, str]:
+    label = plan.paired_with
+    if label is None:
+        return {}
+    other = next(one for one in found if one.optimizer.label == label)
+    told = NONE if other is outcome else difference("objective", outcome.usable, other.usable)
+    return {f"{plan.objective} against {label}": told}
 
 
 def _seconds(outcome: Outcome, first: Outcome) -> dict[str, str]:

@@ -581,6 +581,23 @@ def test_equal_time(bench):
     assert bench.run("--stage", "timed") == 0 and bench.calls()[count:] == ["fngd 2 True"]
 
 
+def test_differences_of_runs_with_the_same_seed(bench):
+    bench.plan["paired_with"] = "sgd"
+    assert bench.run() == 0, bench.said.err
+    # The stub's objective depends on the seed in the same way for both.
+    ends = {n: bench.result(n, "final-seed1")["objective"] for n in ("sgd", "fngd")}
+    found = f"{ends['fngd'] - ends['sgd']:+.3f} ± 0.000"
+    assert bench.cells("fngd")["eval_loss against sgd"] == found
+    assert "eval_loss against sgd: mean difference" in (bench.results / "table.md").read_text()
+    from comparison.outcome import difference
+
+    runs = [[{"run": f"final-seed{i}", "x": x} for i, x in some] for some in (
+        [(1, 3.0), (2, 4.0), (4, 9.0)], [(1, 2.0), (2, 1.0), (3, 7.0)])]  # fmt: skip
+    assert difference("x", *runs) == f"+2.000 ± {statistics.stdev([1, 3]) / 2**0.5:.3f}"
+    assert difference("x", runs[0][:1], runs[1]) == "+1.000"
+    assert difference("x", [], runs[1]) == "–"
+
+
 def test_seconds_that_mean_nothing_are_not_shown(bench):
     assert bench.run() == 0, bench.said.err
     assert bench.cells("fngd")["s / step"] != "–"
@@ -644,6 +661,7 @@ BAD = {
     "reserved": ({"base": {"output_dir": "x"}}, "base sets 'output_dir', .*remove it"),
     "test set": ({"search_overrides": {"do_predict": True}}, "search_overrides sets 'do_predict'"),
     "reference": ({"equal_time": "adam"}, "equal_time 'adam' is not a label: choose sgd, fngd"),
+    "pair": ({"paired_with": "adam"}, "paired_with 'adam' is not a label: choose sgd, fngd"),
     "timed": ({"timed": "no"}, "timed must be true or false, not 'no'"),
     "time of nothing": ({"equal_time": "sgd", "timed": False}, "equal_time needs seconds"),
     "base": ({"base": []}, "base must be a JSON object"),
