@@ -29,12 +29,15 @@ from hf_fngd.hf.row_numbers import numbered_again
 from hf_fngd.methods import METHODS, PlainOptimizer
 from hf_fngd.optimizer import LayerOptimizer
 
-# Optimizer, and the update rule that the name stands for (None: as --optim_args says).
-OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], str | None]] = {
-    **{name: (kind, None) for name, kind in METHODS.items()},
-    "fngd_adamw": (METHODS["fngd"], "adamw"),
-    "fngd_muon": (METHODS["fngd"], "muon"),
-    "muon": (PlainOptimizer, "muon"),
+_MUON = {"update_rule": "muon"}
+# Optimizer, and the settings that the name stands for.
+OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], dict[str, str]]] = {
+    **{name: (kind, {}) for name, kind in METHODS.items()},
+    "fngd_adamw": (METHODS["fngd"], {"update_rule": "adamw"}),
+    "fngd_muon": (METHODS["fngd"], _MUON),
+    "muon": (PlainOptimizer, _MUON),
+    "muon_soap": (PlainOptimizer, {**_MUON, "update_scale": "rms", "other_rule": "soap"}),
+    "soap": (PlainOptimizer, {"update_rule": "soap", "other_rule": "soap"}),
 }
 # Where `settings_of` keeps them, among the attributes of the arguments.
 _SETTINGS = "_fngd_settings"
@@ -91,14 +94,14 @@ def config_from_args(args: TrainingArguments) -> OptimizerConfig:
         "adam_beta2": args.adam_beta2,
         "adam_epsilon": args.adam_epsilon,
     }
-    kind, rule = OPTIMIZERS.get(optimizer_name(args), OPTIMIZERS["fngd"])
-    if rule is not None:
-        if values.get("update_rule", rule) != rule:
+    kind, own = OPTIMIZERS.get(optimizer_name(args), OPTIMIZERS["fngd"])
+    for name, value in own.items():
+        if values.get(name, value) != value:
             raise FNGDError(
-                f"--optim {optimizer_name(args)} says update_rule={rule} and optim_args says "
-                f"update_rule={values['update_rule']}: give one of them"
+                f"--optim {optimizer_name(args)} says {name}={value} and optim_args says "
+                f"{name}={values[name]}: give one of them"
             )
-        overrides["update_rule"] = rule
+    overrides |= own
     if args.optim_target_modules is not None:
         if "target_modules" in values:
             raise FNGDError(

@@ -25,7 +25,7 @@ from measure import parse, print_table, write_results
 from memory import peak_of, print_peak
 from workload import Workload
 
-from hf_fngd import FNGD, create_preconditioned_optimizer
+from hf_fngd import FNGD, create_preconditioned_optimizer, soap
 
 
 @dataclass
@@ -58,10 +58,25 @@ _KFAC = {"method": "kfac", "kfac_solver": "inverse", "inverse_period": 2}
 _INVERSE = {
     f"inverse every {period}": every(period, "inverse", "factors only") for period in (10, 100)
 }
+_MUON = {"method": "plain", "update_rule": "muon", "update_scale": "rms"}
+_BASIS = {"": every(10, "new basis", "between")}
 METHODS = {
     "sgd": Method(),
     "adamw": Method(),
     "muon": Method({"method": "plain", "update_rule": "muon"}),
+    "muon, soap": Method({**_MUON, "other_rule": "soap"}, _BASIS),
+    "soap": Method({"method": "plain", "update_rule": "soap", "other_rule": "soap"}, _BASIS),
+    "ekfac, muon, soap": Method(
+        {
+            **_MUON,
+            "method": "ekfac",
+            "curvature_power": 0.5,
+            "update_period": 2,
+            "inverse_period": 2,
+            "other_rule": "soap",
+        },
+        _BASIS,
+    ),
     "sgd_rms": Method({"method": "plain", "update_rule": "sgd", "update_scale": "rms"}),
     "fngd": Method(
         {"method": "fngd", "update_scale": "none", "refresh_every": 2},
@@ -212,6 +227,8 @@ def summarise(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str,
 def main() -> None:
     """Run the benchmark from the command line."""
     options, workload = parse([Options, Workload], __doc__)
+    # In turns with a new basis and without one.
+    soap.PERIOD = 2
     if options.only:
         runner = Runner(options.only, workload)
         for _ in METHODS[options.only].kinds * 2:

@@ -158,7 +158,26 @@ def test_rule_and_layers_are_given_once(tmp_path):
         registry.config_from_args(
             arguments(tmp_path, optim="fngd_muon", optim_args="update_rule=sgd")
         )
+    with pytest.raises(FNGDError, match="muon_soap says other_rule=soap and optim_args says other"):
+        registry.config_from_args(
+            arguments(tmp_path, optim="muon_soap", optim_args="other_rule=adamw")
+        )
     with pytest.raises(FNGDError, match="not both"):
         registry.config_from_args(
             arguments(tmp_path, optim_args="target_modules=fc1", optim_target_modules="fc2")
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        ("muon", ("muon", "none", "adamw")),
+        ("muon_soap", ("muon", "rms", "soap")),
+        ("soap", ("soap", "none", "soap")),
+        ("fngd_muon", ("muon", "none", "adamw")),
+        ("ekfac", ("sgd", "none", "adamw")),
+    ],
+)
+def test_rules_that_a_name_stands_for(name, rules, tmp_path):
+    config = registry.config_from_args(arguments(tmp_path, optim=name, optim_args=None))
+    assert (config.update_rule, config.update_scale, config.other_rule) == rules
