@@ -455,9 +455,7 @@ class LayerOptimizer(torch.optim.Optimizer):
             order = [i for group in plain["param_groups"] for i in group["params"]]
             for number, param in zip(order, members, strict=True):
                 for key, value in plain["state"].get(number, {}).items():
-                    device, dtype = place(key, param)
-                    value = torch.as_tensor(value, dtype=dtype, device=device)
-                    self.state[param][key] = value.detach().clone()
+                    self.state[param][key] = place(key, value, param)
 
         # Between the user's hooks.
         first = self.register_load_state_dict_pre_hook(take)

@@ -246,21 +246,23 @@ def working_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def place(key: str, param: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Return device and precision of a part of a parameter's state.
+def place(key: str, value: Any, param: Tensor) -> Any:
+    """Bring a part of a loaded state to where the rules look for it.
 
     Args:
         key: Name of the part.
+        value: Its value.
         param: The parameter.
 
     Returns:
-        Where the rules look for it.
+        A copy with the right device and precision, or a whole number.
     """
-    if key == "step":
-        return step_device(param), torch.float32
     if key in COUNTS:
-        return torch.device("cpu"), torch.float32
-    return param.device, working_dtype(param)
+        return int(value)
+    counts = key == "step"
+    device = step_device(param) if counts else param.device
+    dtype = torch.float32 if counts else working_dtype(param)
+    return torch.as_tensor(value, dtype=dtype, device=device).detach().clone()
 
 
 def apply_rule(

@@ -77,12 +77,10 @@ def into_basis(grad: Tensor, state: dict[str, Any], beta2: float) -> Tensor:
             "other_rule=adamw and another update_rule"
         )
     matrix = grad.reshape(len(grad), -1)
-    age = int(state.get("age", PERIOD))
-    if age >= PERIOD:
+    if state.get("age", PERIOD) >= PERIOD:
         _renew(matrix, state, beta2**PERIOD)
-        age = 0
-    # On the CPU, where the next step reads it without waiting.
-    state["age"] = torch.tensor(float(age + 1))
+        state["age"] = 0
+    state["age"] += 1
     return _turn(matrix, *(_basis(state, side) for side in ("left", "right")))
 
 
@@ -112,7 +110,7 @@ def _turn(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 
 def _renew(matrix: Tensor, state: dict[str, Any], decay: float) -> None:
     """Take a gradient into the factors, and find the basis and the moments in it."""
-    seen = int(state.get("seen", 0)) + 1
+    seen = state.get("seen", 0) + 1
     keep = min(1 - 1 / seen, decay)
     turned: dict[str, Tensor] = {}
     for side in sides(matrix.shape):
@@ -128,7 +126,7 @@ def _renew(matrix: Tensor, state: dict[str, Any], decay: float) -> None:
         state[f"basis_{side}"] = found = _vectors(factor, basis)
         if basis is not None:
             turned[side] = found.mT @ basis
-    state["seen"] = torch.tensor(float(seen))
+    state["seen"] = seen
     if turned:
         left, right = (
             t.mT if (t := turned.get(s)) is not None else None for s in ("left", "right")

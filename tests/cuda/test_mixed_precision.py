@@ -161,7 +161,9 @@ def test_accelerate_loop(precision, _own_state):
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=only_on_gpu)])
-@pytest.mark.parametrize("optim", ["fngd", "fngd_adamw", "fngd_muon", "kfac", "muon", "config"])
+@pytest.mark.parametrize(
+    "optim", ["fngd", "fngd_adamw", "fngd_muon", "kfac", "muon", "muon_soap", "config"]
+)
 @pytest.mark.parametrize("kind", [Trainer, FNGDTrainer], ids=["stock", "ours"])
 def test_trainer(kind, optim, precision, tmp_path):
     given = {}

@@ -71,6 +71,7 @@ class StopAfter(TrainerCallback):
         (Seq2SeqTrainer, "fngd", "share=sample", "float32"),
         (FNGDSeq2SeqTrainer, "fngd_adamw", "share=layer", "float32"),
         (FNGDSeq2SeqTrainer, "fngd_muon", "share=sample,store_dtype=float16", "float32"),
+        (FNGDSeq2SeqTrainer, "muon_soap", None, "float32"),
         (FNGDSeq2SeqTrainer, "kfac", "update_scale=rms", "float32"),
         (FNGDSeq2SeqTrainer, "seng", "update_period=2,update_scale=rms", "bf16"),
     ],

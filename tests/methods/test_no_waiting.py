@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from hf_fngd import FNGD, create_fngd_optimizer
+from hf_fngd.rules import RULES
 from tests.helpers import tiny_marian
 
 # Each of these waits where its input lies on a GPU.
@@ -68,3 +69,14 @@ def test_nothing_is_read_back(settings: dict[str, Any]) -> None:
             for parameter in group["params"]:
                 parameter.grad = None
     assert reads(optimizer.step) == 0
+
+
+def test_soap_reads_nothing_back_while_its_basis_stays() -> None:
+    torch.manual_seed(0)
+    param = torch.randn(12, 4)
+    group = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    state: dict[str, Any] = {}
+    step = lambda: RULES["soap"]([param], [torch.randn(12, 4)], [state], group)
+    assert reads(step) > 0
+    # AdamW's counter of steps, which is on the GPU there.
+    assert [reads(step) for _ in range(9)] == [1] * 9
