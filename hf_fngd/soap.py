@@ -77,9 +77,10 @@ def into_basis(grad: Tensor, state: dict[str, Any], beta2: float) -> Tensor:
             "other_rule=adamw and another update_rule"
         )
     matrix = grad.reshape(len(grad), -1)
-    if state.get("age", PERIOD) >= PERIOD:
-        _renew(matrix, state, beta2**PERIOD)
-        state["age"] = 0
+    if "age" not in state:
+        _begin(matrix, state)
+    if state["age"] >= PERIOD:
+        _renew(matrix, state, beta2)
     state["age"] += 1
     return _turn(matrix, *(_basis(state, side) for side in ("left", "right")))
 
@@ -108,29 +109,35 @@ def _turn(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return matrix if right is None else matrix @ right
 
 
-def _renew(matrix: Tensor, state: dict[str, Any], decay: float) -> None:
-    """Take a gradient into the factors, and find the basis and the moments in it."""
-    seen = state.get("seen", 0) + 1
-    keep = min(1 - 1 / seen, decay)
-    turned: dict[str, Tensor] = {}
-    for side in sides(matrix.shape):
-        rows = matrix if side == "left" else matrix.mT
-        old, factor = state.get(f"factor_{side}"), rows @ rows.mT
-        if old is not None:
-            factor = old.lerp(factor, 1 - keep)
-        if not bool(factor.isfinite().all()):
-            # The old one stays; without one, the coordinates are their own.
-            factor = torch.eye(len(rows)).to(rows) if old is None else old
-        basis = _basis(state, side)
-        state[f"factor_{side}"] = factor
-        state[f"basis_{side}"] = found = _vectors(factor, basis)
-        if basis is not None:
-            turned[side] = found.mT @ basis
-    state["seen"] = seen
-    if turned:
-        left, right = (
-            t.mT if (t := turned.get(s)) is not None else None for s in ("left", "right")
-        )
+def _begin(matrix: Tensor, state: dict[str, Any]) -> None:
+    """Start with the parameter's own coordinates."""
+    for side, length in sides(matrix.shape).items():
+        state[f"factor_{side}"] = matrix.new_zeros(length, length)
+        state[f"basis_{side}"] = torch.eye(length).to(matrix)
+    state |= {"age": PERIOD, "seen": 0}
+
+
+def _renew(matrix: Tensor, state: dict[str, Any], beta2: float) -> None:
+    """Take a gradient into the factors, and find the basis and the moments in it.
+
+    A gradient that is zero or not finite says nothing, and the next one is asked.
+    """
+    rows = {side: matrix if side == "left" else matrix.mT for side in sides(matrix.shape)}
+    products = {side: one @ one.mT for side, one in rows.items()}
+    if not all(0 < float(product.norm()) < torch.inf for product in products.values()):
+        return
+    state |= {"age": 0, "seen": state["seen"] + 1}
+    keep = min(1 - 1 / state["seen"], beta2**PERIOD)
+    turned: dict[str, Tensor | None] = {"left": None, "right": None}
+    for side, product in products.items():
+        basis = state[f"basis_{side}"]
+        state[f"factor_{side}"] = factor = state[f"factor_{side}"].lerp(product, 1 - keep)
+        found = _vectors(factor, basis if state["seen"] > 1 else None)
+        # A checkpoint gives it back in this layout, in which products are the same bits.
+        state[f"basis_{side}"] = found = found.contiguous()
+        turned[side] = basis.mT @ found
+    if "exp_avg" in state:
+        left, right = turned.values()
         state["exp_avg"] = _turn(state["exp_avg"], left, right)
         squares = [None if t is None else t.square() for t in (left, right)]
         state["exp_avg_sq"] = _turn(state["exp_avg_sq"], *squares)

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from hf_fngd import FNGDError, soap
 from hf_fngd.methods import METHODS
@@ -148,14 +150,29 @@ def test_turning_the_features_turns_the_run(monkeypatch):
     assert (plain[1] - plain[0] @ turn).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, 1e200])
 @pytest.mark.parametrize("when", [0, 3])
-def test_factors_never_take_in_what_is_not_finite(when, bad):
-    start, gradients = problem(4, 3)
-    gradients[when] = torch.full_like(start, bad)
-    _, state = trained(start, gradients)
-    for side in ("left", "right"):
-        assert state[f"factor_{side}"].isfinite().all() and state[f"basis_{side}"].isfinite().all()
+def test_a_basis_waits_for_a_gradient_that_says_something(when, bad):
+    start, gradients = problem(4, 3, steps=when + 2)
+    silent = torch.full_like(start, bad)
+    _, state = trained(start, gradients[:when] + [silent, silent, *gradients[when:]])
+    _, clean = trained(start, gradients[: when + 1])
+    for name in ("factor_left", "factor_right", "basis_left", "basis_right", "seen"):
+        torch.testing.assert_close(state[name], clean[name], **EXACT)
+
+
+def test_moments_from_before_the_first_basis_are_taken_along():
+    # Adam in the coordinates of the parameter, until the first gradient that is not zero.
+    start, gradients = problem(4, 3, steps=1)
+    _, state = trained(start, [torch.full_like(start, 1e200)])
+    assert torch.equal(state["basis_left"], torch.eye(4).double()) and state["seen"] == 0
+    moments = {name: torch.randn(4, 3).double() for name in ("exp_avg", "exp_avg_sq")}
+    state |= {name: value.clone() for name, value in moments.items()}
+    soap.into_basis(gradients[0], state, 0.9)
+    left, right = state["basis_left"], state["basis_right"]
+    torch.testing.assert_close(state["exp_avg"], left.t() @ moments["exp_avg"] @ right, **EXACT)
+    squares = left.t().square() @ moments["exp_avg_sq"] @ right.square()
+    torch.testing.assert_close(state["exp_avg_sq"], squares, **EXACT)
 
 
 def test_zero_gradients_move_nothing():
@@ -229,6 +246,27 @@ def test_a_resumed_run_is_the_same(stop, dtype):
     state = other.state[again.words.weight]
     kept = {name: getattr(value, "dtype", None) for name, value in state.items()}
     assert {name for name, kind in kept.items() if kind != torch.float32} == {"age", "seen"}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_a_distributed_checkpoint_carries_the_basis(kind, tmp_path):
+    whole, optimizer = words()
+    run(whole, optimizer, 4)
+    weights, state = get_state_dict(whole, optimizer)
+    again, other = words()
+    if kind == "folder":
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+        # Makes a step with zero gradients, for the state to be there.
+        weights, state = get_state_dict(again, other)
+        both = {"model": weights, "optimizer": state}
+        dcp.load(both, checkpoint_id=tmp_path, no_dist=True)
+        weights, state = both["model"], both["optimizer"]
+    set_state_dict(again, other, model_state_dict=weights, optim_state_dict=state)
+    for model, one in ((whole, optimizer), (again, other)):
+        run(model, one, 5, 4)
+    for p, q in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_another_rule_does_not_resume():
