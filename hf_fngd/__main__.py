@@ -13,18 +13,21 @@ import sys
 
 from hf_fngd import FNGDError, register
 
-_COMMANDS = {"explain": "hf_fngd.report.explain", "compare": "hf_fngd.report.compare"}
+_COMMANDS = {name: f"hf_fngd.report.{name}" for name in ("explain", "compare", "rank")}
 _USAGE = """usage: python -m hf_fngd SCRIPT [ARGUMENTS OF THE SCRIPT]
        python -m hf_fngd explain MODEL [--batch_size N] [--length T] [--rows N] ...
        python -m hf_fngd compare RUN ... [--metric NAME] [--plot FILE]
+       python -m hf_fngd rank FOLDER [--base FOLDER] [--share X] [--rank_pattern FILE]
 
 SCRIPT   runs unmodified, with the optimizer names fngd, kfac, eva and so on known to
          transformers: python -m hf_fngd run_translation.py --optim fngd --optim_args "damping=1"
 explain  lists which layers of a model (Hub id or folder) are chosen or left out and why, the
          memory and cost of FNGD, and settings to start with.
 compare  prints a table of finished runs (output folders), and draws their curves.
+rank     prints the effective rank of each matrix of a saved model, or of what training changed,
+         and the LoRA rank that keeps most of it.
 
-`explain --help` and `compare --help` list the options. To run a script called `explain`, give its
+`explain --help` and so on list the options. To run a script called `explain`, give its
 path: `python -m hf_fngd ./explain`.
 """
 

@@ -26,6 +26,7 @@ VARIANTS = {
     "rms": {"update_scale": "rms"},
     "muon": {"update_rule": "muon", "lr": 0.002},
 }
+REFUSED = {"soap": {"update_rule": "soap"}}
 
 
 def build():
@@ -35,7 +36,7 @@ def build():
 
 
 def make(name, model):
-    settings = {"lr": 0.05, "weight_decay": 0.1, **VARIANTS[name]}
+    settings = {"lr": 0.05, "weight_decay": 0.1, **(VARIANTS | REFUSED)[name]}
     optimizer = create_fngd_optimizer(model, damping=0.1, **settings)
     optimizer.bind_dataset(ROWS)
     return optimizer
@@ -108,7 +109,7 @@ def main(folder):
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     found = {}
-    for name in VARIANTS:
+    for name in [*VARIANTS, *REFUSED]:
         try:
             found[name] = train_sharded(name, rank)
             found[f"{name} resumed"] = train_sharded(name, rank, f"{folder}/{name}")
@@ -153,6 +154,12 @@ def test_a_checkpoint_of_shards_resumes_the_same_run(name, two_ranks):
         assert isinstance(found[name], dict), found[name]
         for key, value in found[f"{name} resumed"].items():
             assert torch.equal(value, found[name][key]), key
+
+
+@pytest.mark.slow
+def test_soap_refuses_parts_of_gradients(two_ranks):
+    for found in two_ranks:
+        assert "FNGDError: SOAP needs whole gradients, which FSDP divides" in found["soap"]
 
 
 @pytest.mark.slow

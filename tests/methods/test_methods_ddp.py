@@ -125,7 +125,7 @@ def reference(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kfac", "tengrad", "seng"])
+@pytest.mark.parametrize("name", ["kfac", "tengrad", "muon_soap"])
 def test_ranks_agree_in_a_stock_script(name, tmp_path):
     out = run(
         SCRIPT,
