@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from hf_fngd import FNGDError, soap
+from hf_fngd import FNGDError, create_preconditioned_optimizer, soap
 from hf_fngd.methods import METHODS
 from hf_fngd.rules import RULES
 
@@ -310,3 +310,10 @@ def test_a_part_of_a_gradient_is_refused():
     gradient = torch.zeros(30, 6).as_subclass(Part)
     with pytest.raises(FNGDError, match="SOAP needs whole gradients, which FSDP divides"):
         RULES["soap"]([model.words.weight.detach()], [gradient], [{}], optimizer.param_groups[0])
+
+
+def test_a_plain_loop_knows_the_names():
+    optimizer = create_preconditioned_optimizer(Words(), method="muon_soap", lr=0.01)
+    assert [group["rule"] for group in optimizer.param_groups] == ["muon", "soap", "soap"]
+    with pytest.raises(FNGDError, match="soap stands for other_rule=soap, and other_rule=adamw is"):
+        create_preconditioned_optimizer(Words(), method="soap", lr=0.01, other_rule="adamw")

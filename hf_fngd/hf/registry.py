@@ -26,19 +26,9 @@ from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.hf.callback import FNGDCallback, refuse_unsupported
 from hf_fngd.hf.row_numbers import numbered_again
-from hf_fngd.methods import METHODS, PlainOptimizer
+from hf_fngd.methods import OPTIMIZERS, settings_of_name
 from hf_fngd.optimizer import LayerOptimizer
 
-_MUON = {"update_rule": "muon"}
-# Optimizer, and the settings that the name stands for.
-OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], dict[str, str]]] = {
-    **{name: (kind, {}) for name, kind in METHODS.items()},
-    "fngd_adamw": (METHODS["fngd"], {"update_rule": "adamw"}),
-    "fngd_muon": (METHODS["fngd"], _MUON),
-    "muon": (PlainOptimizer, _MUON),
-    "muon_soap": (PlainOptimizer, {**_MUON, "update_scale": "rms", "other_rule": "soap"}),
-    "soap": (PlainOptimizer, {"update_rule": "soap", "other_rule": "soap"}),
-}
 # Where `settings_of` keeps them, among the attributes of the arguments.
 _SETTINGS = "_fngd_settings"
 _ENUM_TABLES = ("_member_names_", "_member_map_", "_value2member_map_")
@@ -94,21 +84,16 @@ def config_from_args(args: TrainingArguments) -> OptimizerConfig:
         "adam_beta2": args.adam_beta2,
         "adam_epsilon": args.adam_epsilon,
     }
-    kind, own = OPTIMIZERS.get(optimizer_name(args), OPTIMIZERS["fngd"])
-    for name, value in own.items():
-        if values.get(name, value) != value:
-            raise FNGDError(
-                f"--optim {optimizer_name(args)} says {name}={value} and optim_args says "
-                f"{name}={values[name]}: give one of them"
-            )
-    overrides |= own
+    name = optimizer_name(args)
+    name = name if name in OPTIMIZERS else "fngd"
+    overrides |= settings_of_name(name, values)
     if args.optim_target_modules is not None:
         if "target_modules" in values:
             raise FNGDError(
                 "give the layers by --optim_target_modules or in --optim_args, not both"
             )
         overrides["target_modules"] = args.optim_target_modules
-    return kind.config_class.from_strings(values, **overrides)
+    return OPTIMIZERS[name][0].config_class.from_strings(values, **overrides)
 
 
 def optimizer_arguments(

@@ -15,14 +15,10 @@ from hf_fngd.config import OptimizerConfig
 from hf_fngd.errors import FNGDError
 from hf_fngd.hf.callback import FNGDCallback, tell_loss_scale, unwrap_optimizer
 from hf_fngd.hf.checkpoints import check_complete, last_complete, reading
-from hf_fngd.hf.registry import (
-    OPTIMIZERS,
-    config_from_args,
-    optimizer_name,
-    settings_of,
-)
+from hf_fngd.hf.registry import config_from_args, optimizer_name, settings_of
 from hf_fngd.hf.row_numbers import number
 from hf_fngd.hf.samples import announce
+from hf_fngd.methods import OPTIMIZERS
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base

@@ -8,6 +8,7 @@ at the optimizer step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -26,11 +27,22 @@ from hf_fngd.optimizer import LayerOptimizer
 METHODS: dict[str, type[LayerOptimizer]] = {
     kind.method: kind for kind in (FNGD, KFAC, EKFAC, Eva, TENGraD, SENG, PlainOptimizer)
 }
+_MUON = {"update_rule": "muon"}
+# Every name of `--optim`: the optimizer, and the settings that the name stands for.
+OPTIMIZERS: dict[str, tuple[type[LayerOptimizer], dict[str, str]]] = {
+    **{name: (kind, {}) for name, kind in METHODS.items()},
+    "fngd_adamw": (FNGD, {"update_rule": "adamw"}),
+    "fngd_muon": (FNGD, _MUON),
+    "muon": (PlainOptimizer, _MUON),
+    "muon_soap": (PlainOptimizer, {**_MUON, "update_scale": "rms", "other_rule": "soap"}),
+    "soap": (PlainOptimizer, {"update_rule": "soap", "other_rule": "soap"}),
+}
 __all__ = [
     "EKFAC",
     "FNGD",
     "KFAC",
     "METHODS",
+    "OPTIMIZERS",
     "SENG",
     "EKFACConfig",
     "Eva",
@@ -44,7 +56,30 @@ __all__ = [
     "TENGraDConfig",
     "create_fngd_optimizer",
     "create_preconditioned_optimizer",
+    "settings_of_name",
 ]
+
+
+def settings_of_name(name: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that an optimizer's name stands for.
+
+    Args:
+        name: A name in `OPTIMIZERS`.
+        given: Settings beside the name.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        FNGDError: If a given setting contradicts the name.
+    """
+    settings = OPTIMIZERS[name][1]
+    for key, value in settings.items():
+        if given.get(key, value) != value:
+            raise FNGDError(
+                f"{name} stands for {key}={value}, and {key}={given[key]} is given: leave one out"
+            )
+    return settings
 
 
 def create_preconditioned_optimizer(
@@ -56,8 +91,8 @@ def create_preconditioned_optimizer(
 
     Args:
         model: The model to train.
-        method: fngd, kfac, ekfac, eva, tengrad, seng, or plain (update rules without natural
-            gradient).
+        method: Any name of `--optim`: fngd, kfac, ekfac, eva, tengrad, seng, plain (update rules
+            without natural gradient), or such as muon, soap or muon_soap.
         lr: Learning rate of the selected weights, and of the others unless `other_lr` is given.
         weight_decay: Decoupled weight decay of parameters with at least two dimensions.
         **config: Fields of the method's config, as `KFACConfig`.
@@ -68,7 +103,8 @@ def create_preconditioned_optimizer(
     Raises:
         FNGDError: For an unknown method, bad settings, or if no layer can be selected.
     """
-    if method not in METHODS:
-        raise FNGDError(f"method={method!r} is unknown: {suggestion(method, METHODS)}")
+    if method not in OPTIMIZERS:
+        raise FNGDError(f"method={method!r} is unknown: {suggestion(method, OPTIMIZERS)}")
+    config |= settings_of_name(method, config)
     groups = parameter_groups(model, weight_decay)
-    return METHODS[method](groups, lr, module=model, **config)
+    return OPTIMIZERS[method][0](groups, lr, module=model, **config)

@@ -17,7 +17,7 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import Trainer
 
-from hf_fngd.hf.registry import OPTIMIZERS
+from hf_fngd.methods import OPTIMIZERS
 from hf_fngd.report.runs import METRIC_NAMES, format_score
 
 try:

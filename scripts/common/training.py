@@ -10,8 +10,8 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fngd import FNGDTrainer
-from hf_fngd.hf.registry import OPTIMIZERS
 from hf_fngd.hf.trainer import LossScaleMixin
+from hf_fngd.methods import OPTIMIZERS
 from hf_fngd.report.card import CardMixin
 from hf_fngd.report.hub import HubMixin
 

@@ -15,7 +15,7 @@ from hf_fngd import (
 )
 from hf_fngd.hf import registry
 from hf_fngd.hf.callback import unwrap_optimizer
-from hf_fngd.methods import METHODS
+from hf_fngd.methods import METHODS, OPTIMIZERS
 from tests.hf.test_resume import StopAfter
 from tests.hf_utils import (
     arguments,
@@ -36,6 +36,7 @@ SETTINGS = {
     "seng": "update_period=5,sketch_size=8,big_layer_size=300,other_lr=1e-2",
     "plain": "other_lr=1e-2",
     "muon": "other_lr=1e-2",
+    "muon_soap": "other_lr=1e-2",
 }
 RATES = {
     "kfac": 0.3,
@@ -45,6 +46,7 @@ RATES = {
     "seng": 0.1,
     "plain": 0.1,
     "muon": 0.02,
+    "muon_soap": 0.01,
 }
 NAMES = pytest.mark.parametrize("name", SETTINGS)
 PRECONDITIONED = pytest.mark.parametrize("name", ["kfac", "ekfac", "eva", "tengrad", "seng"])
@@ -71,7 +73,7 @@ def test_marian_learns_in_the_trainer(cls, name, tmp_path):
     trainer = run(cls, tmp_path, name, num_train_epochs=10)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.85 * losses[0]
-    assert type(unwrap_optimizer(trainer.optimizer)) is registry.OPTIMIZERS[name][0]
+    assert type(unwrap_optimizer(trainer.optimizer)) is OPTIMIZERS[name][0]
 
 
 class SmallCNN(nn.Sequential):
