@@ -222,7 +222,7 @@ def test_settings_by_config(tmp_path):
         ),
         ("tengrad", "fisher_labels=true", "choose from empirical, sampled"),
         ("seng", "sketch_size=1.5", "sketch_size='1.5' must be a whole number"),
-        ("muon", "update_rule=sgd", "give one of them"),
+        ("muon", "update_rule=sgd", "muon stands for update_rule=muon, and update_rule=sgd"),
     ],
 )
 def test_bad_settings_are_named(name, text, message, tmp_path):
