@@ -63,6 +63,11 @@ TASKS: dict[str, tuple[str, str, dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             "adamw": {**_ADAMW, "learning_rate": 5e-4},
             "muon": {"optim": "muon", "optim_args": "other_lr=1e-3", "learning_rate": 0.02},
+            "muon_soap": {
+                "optim": "muon_soap",
+                "optim_args": "other_lr=2e-3",
+                "learning_rate": 2e-3,
+            },
             "fngd_adamw": {
                 "optim": "fngd_adamw",
                 "optim_args": "damping=1,share=sample",

@@ -76,7 +76,7 @@ BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "o
 PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune",
          "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch",
          "ablation_cifar10_wide", "quality_lora", "paper_setting", "noise_finetune",
-         "quality_small_batches", "quality_finetune_bleu")  # fmt: skip
+         "quality_small_batches", "quality_finetune_bleu", "one_epoch", "three_epochs")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
@@ -177,6 +177,8 @@ def world(tmp_path_factory):
         shape = translation.ModelArguments(vocab_size=200, **NET, **HEADS)
         for part in translation.load_model(shape, texts, 64, ("en", "de")):
             part.save_pretrained(folder / "runs/tatoeba-marian-small")
+    for name in ("finetuned", "pretrained"):
+        tiny_marian().save_pretrained(folder / "runs" / name)
     for name in ("FOLDER", "runs/demo", "runs/demo-adamw"):
         shutil.copytree(ROOT / "model_cards/tatoeba-demo", folder / name)
     for plan in PLANS:
@@ -253,6 +255,7 @@ LEFT = {
     "make bench": ["times/marian_512_b64.json", "b.json"],
     "growth": ["b.json", "b.png"],
     "run_translation.py --optim": ["stock/done0.json"],
+    "hf_fngd rank": ["ranks.json"],
     "--output_dir runs/mine": ["runs/mine/README.md"],
     "scripts/multi30k_finetune.json$": ["runs/multi30k-finetune-fngd/README.md"],
     "--output_dir runs/multi30k-finetune-sgd": ["runs/multi30k-finetune-sgd/README.md"],
