@@ -17,7 +17,8 @@ from hf_fngd.report.plots import points
 RESULTS = Path(__file__).resolve().parent / "bench" / "results"
 PATH = RESULTS / "front.png"
 STYLES = {
-    "muon": ("#1b9e77", 2.4),
+    "muon_soap": ("#1f78b4", 2.4),
+    "muon": ("#1b9e77", 2.0),
     "kfac": ("#7570b3", 1.6),
     "adamw": ("#333333", 1.6),
     "plain (SGD)": ("#999999", 1.6),
@@ -48,11 +49,11 @@ PANELS = (
     ),
     Panel(
         "Translation from scratch\nMarian (width 128), Multi30K",
-        "quality_scratch",
+        "three_epochs",
         "eval_bleu",
         "validation BLEU",
-        10,
-        {"muon": "muon", "adamw": "adamw", "plain (SGD)": "sgd_rms"},
+        3,
+        {"muon_soap": "muon_soap", "muon": "muon", "adamw": "adamw"},
     ),
     Panel(
         "Fine-tuning\nMarian from Tatoeba to Multi30K",
@@ -89,8 +90,17 @@ def draw(path: Path) -> None:
     axes = figure.subplots(1, len(PANELS))
     for one, panel in zip(axes, PANELS, strict=True):
         draw_panel(one, panel)
-    lines, names = axes[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
+    lines = {}
+    for one in axes:
+        lines |= {name: line for line, name in zip(*one.get_legend_handles_labels(), strict=True)}
+    names = [name for name in STYLES if name in lines]
+    figure.legend(
+        [lines[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=len(names),
+        frameon=False,
+    )
     figure.savefig(path, dpi=120)
 
 

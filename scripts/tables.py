@@ -9,12 +9,13 @@ import ast
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from common.tabled import RESULTS, ROOT, Columns, load, machine, reports, shape, table
+from comparison.results import read_runs
 from gpu_tables import GPU_TABLES
 
 from hf_fngd import EKFACConfig, EvaConfig, FNGDConfig, KFACConfig, SENGConfig, TENGraDConfig
@@ -28,6 +29,7 @@ _NAMES = (
     "scripts/bench/memory.md",
     "scripts/plans/README.md",
     "scripts/plans/coefficients.md",
+    "scripts/plans/vocabulary.md",
     "model_cards/README.md",
 )
 PAGES = [ROOT / name for name in _NAMES if (ROOT / name).exists()]
@@ -312,8 +314,9 @@ def sharing() -> str:
 FIVE_EPOCHS = {"fngd, first epoch": 0.2, "fngd, later epochs": 0.8}
 OPTIMIZERS = {
     "AdamW": ({"adamw": 1.0}, ("adamw", "adamw", "adamw"), None),
+    "`muon_soap`": ({"muon, soap": 1.0}, ("", "muon_soap", ""), None),
     "`muon`": ({"muon": 1.0}, ("muon", "muon", "muon"), None),
-    "`plain`": ({"sgd": 1.0}, ("sgd", "sgd_rms", "sgd_rms"), None),
+    "`plain`": ({"sgd": 1.0}, ("sgd", "", "sgd_rms"), None),
     "`kfac`": ({"kfac, inverse every 10": 1.0}, ("kfac", "", ""), None),
     "`seng`": ({"seng, every 200": 1.0}, ("seng", "", ""), 20),
     "`tengrad`": ({"tengrad, every 100": 1.0}, ("tengrad", "", ""), 20),
@@ -322,7 +325,7 @@ OPTIMIZERS = {
 }
 TASKS = {
     "CIFAR-10: accuracy": "compare_cifar10",
-    "translation: BLEU": "quality_scratch",
+    "translation: BLEU": "three_epochs",
     "fine-tuning: BLEU": "quality_finetune",
 }
 # Setting, task, study and number of its table, labels without and with the coefficients, and
@@ -346,14 +349,23 @@ GAINS = (
 )  # fmt: skip
 
 
-def _ratio(file: str, base: str, shares: Mapping[str, float], key: str = "ratio") -> float:
-    rows = load(f"methods_{file}.json")["results"]
+_SOAP = {"muon", "muon, soap"}
+
+
+def _ratio(file: str, base: str, shares: Mapping[str, float], key: str = "ratio") -> float | str:
+    name = f"methods_{file}.json"
+    # Muon and SOAP were measured by themselves, beside AdamW.
+    if (RESULTS / f"methods_{file}_soap.json").exists() and shares.keys() <= _SOAP:
+        name = f"methods_{file}_soap.json"
+    rows = load(name)["results"]
+    if not shares.keys() <= rows.keys():
+        return ""
     return sum(share * rows[name][key] for name, share in shares.items()) / rows[base][key]
 
 
-def _time(file: str, shares: Mapping[str, float], period: int | None) -> float:
+def _time(file: str, shares: Mapping[str, float], period: int | None) -> float | str:
     ratio = _ratio(file, "adamw", shares)
-    if period is None:
+    if period is None or isinstance(ratio, str):
         return ratio
     (name,) = shares
     row = load(f"methods_{file}.json")["results"][name]
@@ -379,6 +391,53 @@ def names() -> str:
     return table(OPTIMIZERS.items(), columns)
 
 
+VOCABULARY = {
+    "AdamW": "adamw",
+    "`muon`": "muon",
+    "`muon_soap`": "muon, soap",
+    "`soap`": "soap",
+    "EKFAC before `muon_soap`": "ekfac, muon, soap",
+}
+
+
+def vocabulary() -> str:
+    """Make the table of what a step of Muon and SOAP costs."""
+    columns: dict[str, Callable] = {"optimizer": itemgetter(0)}
+    files = sorted(RESULTS.glob("methods_translation_*.json"), key=lambda path: len(path.name))
+    found = [load(path.name) for path in files]
+    for report in found:
+        rows = report["results"]
+        columns[f"batch {report['workload']['batch_size']}"] = lambda item, rows=rows: (
+            rows[item[1]]["ratio"] / rows["adamw"]["ratio"]
+        )
+    return table(VOCABULARY.items(), columns) + machine(
+        found[0], shape(found[0]).rpartition(", ")[0], "ratios to AdamW"
+    )
+
+
+def _reached(run: Mapping[str, Any], loss: float) -> float | None:
+    """Return the share of a run's steps after which its validation loss is this; None: never."""
+    course = [(one["step"], one["eval_loss"]) for one in run["history"] if "eval_loss" in one]
+    last = course[-1][0]
+    for (before, high), (step, low) in pairwise(course):
+        if low <= loss < high:
+            return (before + (step - before) * (high - loss) / (high - low)) / last
+    return None
+
+
+def steps() -> str:
+    """Make the table of steps to the loss that Muon ends with, by seed."""
+    runs = {(one["label"], one["run"]): one for one in read_runs(RESULTS / "three_epochs")}
+    ends = {name: one["objective"] for (label, name), one in runs.items() if label == "muon"}
+    labels = dict.fromkeys(label for label, _ in runs)
+    columns: dict[str, Callable] = {"optimizer": itemgetter(0)}
+    for name, loss in ends.items():
+        columns[name.replace("final-seed", "seed ")] = lambda item, name=name, loss=loss: (
+            _reached(runs[item[0], name], loss) or "–"
+        )
+    return table(((label,) for label in labels), columns)
+
+
 def fngd() -> str:
     """Make the table of what FNGD's coefficients gain over the same rule without them."""
     columns = {
@@ -395,7 +454,7 @@ TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         settings, support, costs, first_epochs, memory, profiles, checkpointing, store, rules,
-        growth, methods, sharing, names, fngd,
+        growth, methods, sharing, names, fngd, vocabulary, steps,
     )
 } | GPU_TABLES  # fmt: skip
 
