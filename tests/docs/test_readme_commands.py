@@ -76,7 +76,8 @@ BENCH = {**NET, "vocab_size": 50, "length": 5, "batch_size": 4, "threads": 1, "o
 PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_finetune",
          "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch",
          "ablation_cifar10_wide", "quality_lora", "paper_setting", "noise_finetune",
-         "quality_small_batches", "quality_finetune_bleu", "one_epoch", "three_epochs")  # fmt: skip
+         "quality_small_batches", "quality_finetune_bleu", "one_epoch", "three_epochs",
+         "whitening")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
