@@ -73,7 +73,7 @@ def reused(scope):
 
 # A line of every python block of the pages, what it is run with, and what holds afterwards.
 EXAMPLES = {
-    'optim="muon"': (
+    'optim="muon_soap"': (
         of_the_trainer,
         lambda scope: (
             scope["trainer"].state.log_history[-1]["step"] > 0

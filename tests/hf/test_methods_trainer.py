@@ -36,7 +36,7 @@ SETTINGS = {
     "seng": "update_period=5,sketch_size=8,big_layer_size=300,other_lr=1e-2",
     "plain": "other_lr=1e-2",
     "muon": "other_lr=1e-2",
-    "muon_soap": "other_lr=1e-2",
+    "muon_soap": "other_lr=3e-2",
 }
 RATES = {
     "kfac": 0.3,
@@ -46,7 +46,7 @@ RATES = {
     "seng": 0.1,
     "plain": 0.1,
     "muon": 0.02,
-    "muon_soap": 0.01,
+    "muon_soap": 0.03,
 }
 NAMES = pytest.mark.parametrize("name", SETTINGS)
 PRECONDITIONED = pytest.mark.parametrize("name", ["kfac", "ekfac", "eva", "tengrad", "seng"])
