@@ -145,6 +145,7 @@ class ToldByUser(Seq2SeqTrainer):
 
 
 @pytest.mark.parametrize("own", [SumOverUpdate, MeanOfBatch, ToldByUser])
+@pytest.mark.slow
 def test_a_loss_of_the_user_keeps_its_scale(own, tmp_path):
     mixed = type("Mixed", (FNGDMixin, own), {})
     options = {"optim_args": "share=none,damping=1e9"}

@@ -31,6 +31,7 @@ def run(*command, launcher=("-m", "hf_fngd"), cwd=ROOT, **environment):
     )
 
 
+@pytest.mark.slow
 def test_script_by_name(tmp_path):
     options = ["--optim", "fngd", "--optim_args", "damping=0.01,share=sample,update_scale=rms"]
     layers = ["--optim_target_modules", "all-linear"]

@@ -308,6 +308,7 @@ def test_nothing_of_the_file_stays_behind(tmp_path: Path) -> None:
     assert not mapped(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_have_a_file_each(tmp_path: Path) -> None:
     """As by a launcher: neither sees what the other writes."""
     store = SampleStore(LAYERS, torch.float32, 100, tmp_path)

@@ -201,6 +201,7 @@ def test_adapters_on_misaligned_pairs(files):
     assert not (files / "second" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_settings_from_a_json_file(files):
     settings = {"source_lang": "en", "target_lang": "de", "output_dir": str(files / "out")}
     test_only = {"test_file": str(files / "test.jsonl"), "do_predict": True, "report_to": "none"}
