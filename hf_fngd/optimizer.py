@@ -103,10 +103,7 @@ class LayerOptimizer(torch.optim.Optimizer):
             "eps": config.adam_epsilon,
             "update_scale": config.update_scale,
         }
-        groups = divide(
-            params, self.selection, config.update_rule, config.other_lr, config.other_rule
-        )
-        super().__init__(groups, defaults)
+        super().__init__(self._divide(params), defaults)
         self.set_up(module)
         self.captured = []
         if self.layer_class is not None:
@@ -137,11 +134,8 @@ class LayerOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict) or "rule" in param_group:
             super().add_param_group(param_group)
             return
-        own = self.config
         before = len(self.param_groups)
-        for group in divide(
-            [param_group], self.selection, own.update_rule, own.other_lr, own.other_rule
-        ):
+        for group in self._divide([param_group]):
             super().add_param_group(group)
         chosen = {id(p) for p in self.selection.parameters()}
         added = [p for group in self.param_groups[before:] for p in group["params"]]
@@ -152,6 +146,10 @@ class LayerOptimizer(torch.optim.Optimizer):
                 self.config.title,
                 NAMES[self.config.other_rule],
             )
+
+    def _divide(self, params: Iterable[Any]) -> list[dict[str, Any]]:
+        own = self.config
+        return divide(params, self.selection, own.update_rule, own.other_lr, own.other_rule)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise FNGDError(

@@ -221,7 +221,7 @@ def divide(
     selection: Selection,
     rule: str,
     other_lr: float | None,
-    other_rule: str = "adamw",
+    other_rule: str,
 ) -> list[dict[str, Any]]:
     """Divide every parameter group into the weights of selected layers and the others.
 

@@ -21,7 +21,7 @@ class PlainConfig(OptimizerConfig):
 
 
 class PlainOptimizer(LayerOptimizer):
-    """SGD, AdamW or Muon for the selected weights and AdamW for the rest: fair baselines.
+    """SGD, AdamW, Muon or SOAP for the selected weights, AdamW or SOAP for the rest.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer.

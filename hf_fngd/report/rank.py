@@ -109,18 +109,18 @@ def _report(options: argparse.Namespace) -> None:
     if not 0 < options.share < 1:
         raise FNGDError(f"--share must lie between 0 and 1, not {options.share:g}")
     found = spectra(options.folder, options.base, options.match)
+    ranks = [one.rank(options.share) for one in found]
     kept = f"rank for {options.share:.0%}"
     rows = [
         {
             "layer": one.layer,
             "matrix": "x".join(map(str, one.shape)),
             "effective rank": f"{one.effective_rank:.1f}",
-            kept: one.rank(options.share),
+            kept: rank,
         }
-        for one in found
+        for one, rank in zip(found, ranks, strict=True)
     ]
     print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
-    ranks = [one.rank(options.share) for one in found]
     what = "its change" if options.base else "its matrix"
     print(
         f"\nThe LoRA rank that keeps {options.share:.0%} of the squared norm of {what} is "
