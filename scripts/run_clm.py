@@ -20,6 +20,7 @@ from typing import Any
 
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
+from common.averaging import AverageArguments
 from common.facts import TASKS, settings
 from common.source import load_columns
 from common.training import make_trainer, push, train
@@ -37,7 +38,9 @@ def main() -> None:
     Raises:
         InputError: If the data cannot be used.
     """
-    model_args, data_args, args = parse((ModelArguments, DataArguments, TrainingArguments), __doc__)
+    model_args, data_args, average, args = parse(
+        (ModelArguments, DataArguments, AverageArguments, TrainingArguments), __doc__
+    )
     quieten(args)
     set_seed(args.seed)
     texts = load_columns(data_args, {"text": data_args.text_column})
@@ -48,6 +51,7 @@ def main() -> None:
     tokens = {s: tokenize(rows, tokenizer, data_args.max_length) for s, rows in texts.items()}
     trainer = make_trainer(
         args,
+        average,
         model=model,
         train_dataset=tokens.get("train"),
         eval_dataset=tokens.get("validation"),
@@ -57,7 +61,7 @@ def main() -> None:
         preprocess_logits_for_metrics=surprise,
         compute_metrics=compute_metrics,
     )
-    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, average, args)}
     if args.do_train:
         found |= train(trainer)
     if args.do_eval and "validation" in tokens:

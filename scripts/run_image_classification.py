@@ -22,6 +22,7 @@ from typing import Any
 
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
+from common.averaging import AverageArguments
 from common.facts import TASKS, settings
 from common.metrics import MetricArguments, load_metrics, metric_names, rehearse
 from common.training import make_trainer, push, train
@@ -40,9 +41,8 @@ def main() -> None:
     Raises:
         InputError: If the data cannot be used.
     """
-    model_args, data_args, metric_args, args = parse(
-        (ModelArguments, DataArguments, MetricArguments, TrainingArguments), __doc__
-    )
+    kinds = (ModelArguments, DataArguments, MetricArguments, AverageArguments)
+    model_args, data_args, metric_args, average, args = parse((*kinds, TrainingArguments), __doc__)
     quieten(args)
     more = load_metrics(metric_args, "int", "string")
     splits = load_splits(data_args)
@@ -68,6 +68,7 @@ def main() -> None:
     model = load_model(model_args, names, len(collator.mean))
     trainer = make_trainer(
         args,
+        average,
         model=model,
         train_dataset=images.get("train"),
         eval_dataset=images.get("validation"),
@@ -75,7 +76,7 @@ def main() -> None:
         processing_class=processor,
         compute_metrics=ComputeMetrics(names, more),
     )
-    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, average, args)}
     predictions: list[dict[str, str]] = []
     if args.do_train:
         found |= train(trainer)

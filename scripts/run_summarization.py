@@ -22,6 +22,7 @@ from typing import Any
 
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
+from common.averaging import AverageArguments
 from common.facts import settings
 from common.metrics import MetricArguments, metric_names
 from common.pretrained import PretrainedArguments, load_pretrained, with_adapters
@@ -50,8 +51,9 @@ def main() -> None:
     Raises:
         InputError: If the data or the model cannot be used.
     """
-    model_args, data_args, metric_args, args = parse(
-        (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
+    kinds = (ModelArguments, DataArguments, MetricArguments, AverageArguments)
+    model_args, data_args, metric_args, average, args = parse(
+        (*kinds, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
     score([], [])  # A missing rouge_score ends the run here, and not after the training.
@@ -71,8 +73,8 @@ def main() -> None:
     )
     model = with_adapters(model, model_args, "SEQ_2_SEQ_LM")
     metrics = ComputeMetrics(tokenizer, score, more)
-    trainer, tokens = make_writer(model, args, data_args, pairs, metrics)
-    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
+    trainer, tokens = make_writer(model, args, average, data_args, pairs, metrics)
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, average, args)}
     if args.do_train:
         found |= train(trainer)
     if args.do_eval and "validation" in tokens:

@@ -23,6 +23,7 @@ import datasets
 import sacrebleu
 from common import report
 from common.arguments import InputError, exit_code, parse, quieten
+from common.averaging import AverageArguments
 from common.facts import TASKS, settings
 from common.metrics import MetricArguments, metric_names
 from common.seq2seq import (
@@ -50,8 +51,9 @@ def main() -> None:
     Raises:
         InputError: If the data cannot be used.
     """
-    model_args, data_args, metric_args, args = parse(
-        (ModelArguments, DataArguments, MetricArguments, Seq2SeqTrainingArguments), __doc__
+    kinds = (ModelArguments, DataArguments, MetricArguments, AverageArguments)
+    model_args, data_args, metric_args, average, args = parse(
+        (*kinds, Seq2SeqTrainingArguments), __doc__
     )
     quieten(args)
     more = load_text_metrics(metric_args)
@@ -63,8 +65,8 @@ def main() -> None:
     longest = max(data_args.max_source_length, data_args.max_target_length)
     model, tokenizer = load_model(model_args, sentences(pairs), longest, languages)
     metrics = ComputeMetrics(tokenizer, score, more)
-    trainer, tokens = make_writer(model, args, data_args, pairs, metrics)
-    found: dict[str, Any] = {"settings": settings(model_args, data_args, args)}
+    trainer, tokens = make_writer(model, args, average, data_args, pairs, metrics)
+    found: dict[str, Any] = {"settings": settings(model_args, data_args, average, args)}
     if args.do_train:
         # The history must not contain the final evaluations, which decode with more beams.
         found |= train(trainer)

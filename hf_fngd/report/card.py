@@ -101,6 +101,7 @@ class CardFacts:
         limits: Sentences on what the model cannot do.
         prefix: Text that preceded every source text in training.
         custom_code: Whether the repository holds the class of the model, and transformers does not.
+        average: Sentences on the average that the weights are.
     """
 
     model_name: str
@@ -130,6 +131,7 @@ class CardFacts:
     limits: list[str] = field(default_factory=list)
     prefix: str = ""
     custom_code: bool = False
+    average: str = ""
 
     @property
     def method(self) -> str | None:

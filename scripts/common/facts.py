@@ -18,6 +18,7 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 import hf_fngd
+from common.averaging import AverageArguments, sentence
 from common.baselines import baselines
 from common.source import describe, test_name
 from hf_fngd.hf.callback import unwrap_optimizer
@@ -113,12 +114,15 @@ def environment(*more: ModuleType) -> dict[str, Any]:
     }
 
 
-def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[str, Any]:
+def settings(
+    model_args: Any, data_args: Any, average: AverageArguments, args: TrainingArguments
+) -> dict[str, Any]:
     """Collect the settings of the run.
 
     Args:
         model_args: Dataclass of model arguments.
         data_args: Dataclass of data arguments.
+        average: Average of the weights.
         args: Training arguments.
 
     Returns:
@@ -147,6 +151,7 @@ def settings(model_args: Any, data_args: Any, args: TrainingArguments) -> dict[s
     )
     training = {name: getattr(args, name) for name in chosen}
     plain = {name: getattr(value, "value", value) for name, value in training.items()}
+    plain |= average.settings()
     return {"model": asdict(model_args), "data": asdict(data_args), "training": plain}
 
 
@@ -238,6 +243,7 @@ def card_facts(found: dict[str, Any], folder: Path) -> CardFacts:
         optimizer=str(training["optim"]),
         settings=_changed(training, optimizer),
         layers=layer_table(optimizer["layers"]) if optimizer else "",
+        average=sentence(found),
         seed=training["seed"],
         curves="curves.png" if found["history"] else None,
         coefficients="coefficients.png" if optimizer and "coefficients" in optimizer else None,

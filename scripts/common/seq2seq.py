@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from common import report
+from common.averaging import AverageArguments
 from common.metrics import Metric, MetricArguments, load_metrics, rehearse, score_all
 from common.training import make_trainer
 from hf_fngd import FNGDSeq2SeqTrainer
@@ -166,6 +167,7 @@ def tokenize(
 def make_writer(
     model: PreTrainedModel,
     args: Seq2SeqTrainingArguments,
+    average: AverageArguments,
     data_args: Any,
     pairs: datasets.DatasetDict,
     metrics: ComputeMetrics,
@@ -175,6 +177,7 @@ def make_writer(
     Args:
         model: The model.
         args: Training arguments.
+        average: Average of the weights.
         data_args: Data arguments: length limits and prefix.
         pairs: Columns `source` and `target` of each split.
         metrics: The scores of an evaluation.
@@ -190,6 +193,7 @@ def make_writer(
         metrics.expect(pairs["validation"]["target"], tokens["validation"]["labels"])
     trainer = make_trainer(
         args,
+        average,
         (ScriptWriter, BaselineWriter),
         model=model,
         train_dataset=tokens.get("train"),

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.averaging import AverageArguments, last_weights
 from hf_fngd import FNGDTrainer
 from hf_fngd.hf.trainer import LossScaleMixin
 from hf_fngd.methods import OPTIMIZERS
@@ -26,6 +27,7 @@ class BaselineTrainer(CardMixin, HubMixin, LossScaleMixin, Trainer):
 
 def make_trainer(
     args: TrainingArguments,
+    average: AverageArguments,
     kinds: tuple[type[Trainer], type[Trainer]] = (ScriptTrainer, BaselineTrainer),
     **options: Any,
 ) -> Trainer:
@@ -33,6 +35,7 @@ def make_trainer(
 
     Args:
         args: Training arguments.
+        average: Average of the weights.
         kinds: The Trainer for the optimizers of hf_fngd, and that for every other one.
         **options: Further arguments of the Trainer.
 
@@ -40,7 +43,9 @@ def make_trainer(
         The Trainer.
     """
     ours = str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS
-    return kinds[0 if ours else 1](args=args, callbacks=[TrainingClock()], **options)
+    # The clock comes last, so that it counts the others' work.
+    callbacks = [*average.callbacks(), TrainingClock()]
+    return kinds[0 if ours else 1](args=args, callbacks=callbacks, **options)
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
@@ -50,13 +55,15 @@ def train(trainer: Trainer) -> dict[str, Any]:
         trainer: The Trainer.
 
     Returns:
-        `train` (metrics) and `history` (what was logged, without any later evaluation).
+        `train` (metrics), `history` (what was logged, without any later evaluation), and
+        `averaging` where the weights are an average.
     """
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     # An internal call, because any other one pushes a card without results.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    return {"train": trained.metrics, "history": list(trainer.state.log_history)}
+    history = list(trainer.state.log_history)
+    return {"train": trained.metrics, "history": history, **last_weights(trainer)}
 
 
 def push(trainer: Trainer) -> None:
