@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_fngd import FNGDError
 from hf_fngd.hf.averaging import AveragingCallback
 from hf_fngd.report.runs import METRIC_NAMES, format_score, scores
 
@@ -16,7 +17,7 @@ from hf_fngd.report.runs import METRIC_NAMES, format_score, scores
 class AverageArguments:
     """An average of the weights in place of the last ones."""
 
-    average_from: float | None = field(
+    average_start: float | None = field(
         default=None,
         metadata={
             "help": "End with the average of the weights since this share of the training (0.5: of "
@@ -33,15 +34,18 @@ class AverageArguments:
 
     def __post_init__(self) -> None:
         given = (self.average_every, self.average_decay) != (1, None)
-        if self.average_from is None and given:
-            raise ValueError("--average_every and --average_decay need --average_from")
-        self.callbacks()
+        if self.average_start is None and given:
+            raise ValueError("--average_every and --average_decay need --average_start")
+        try:
+            self.callbacks()
+        except FNGDError as error:
+            raise ValueError(f"--average_{error}") from None
 
     def callbacks(self) -> list[AveragingCallback]:
         """Return the callback, if an average is asked for."""
-        if self.average_from is None:
+        if self.average_start is None:
             return []
-        return [AveragingCallback(self.average_from, self.average_every, self.average_decay)]
+        return [AveragingCallback(self.average_start, self.average_every, self.average_decay)]
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments that differ from their defaults."""

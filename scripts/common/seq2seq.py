@@ -100,11 +100,12 @@ class ComputeMetrics:
             RuntimeError: If the rows come in another order than the references.
         """
         tokens, labels = prediction.predictions, np.asarray(prediction.label_ids)
+        tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+        # Seq2SeqTrainer leaves the rows in with which several processes fill up the last batch.
+        tokens, labels = (rows[: len(self._labels)] for rows in (tokens, labels))
         if [self._without_padding(row) for row in labels] != self._labels:
             raise RuntimeError("the Trainer evaluates in another order than that of the data")
-        self.predictions = decode(
-            self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens
-        )
+        self.predictions = decode(self.tokenizer, tokens)
         more = score_all(self.more, {"string": self.predictions}, {"string": self.references})
         self.scores = self.score(self.predictions, self.references)
         self.scores |= {name: value for name, value in more.items() if name not in self.scores}

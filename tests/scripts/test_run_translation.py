@@ -86,10 +86,10 @@ def options(folder, **changes):
     return flat
 
 
-def run(*arguments, cwd=ROOT):
+def run(*arguments, cwd=ROOT, launcher=()):
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -453,3 +453,24 @@ def test_resume_with_other_data_or_settings_is_refused(files):
     assert (
         "run_translation: error: the checkpoint's coefficients belong to other data" in out.stderr
     )
+
+
+@pytest.mark.feature("Scripts under `torchrun`", "works", "every row is scored once")
+@pytest.mark.slow
+def test_two_processes_score_every_row_once(files):
+    """Seq2SeqTrainer leaves in the rows that fill up the last batch of a process."""
+    words = options(files, average_start=0.5, per_device_eval_batch_size=4)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    out = run(*words, launcher=launcher)
+    assert out.returncode == 0, out.stderr
+    folder = files / "out"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["averaging"]["points"] > 1
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
+    # One process finds the same scores for the saved model, which is the average.
+    again = options(files, output_dir=files / "again", eval_strategy="no", do_train=False)
+    out = run(*again, "--model_name_or_path", folder)
+    assert out.returncode == 0, out.stderr
+    single = json.loads((files / "again/metrics.json").read_text())
+    for split, name in (("validation", "eval_chrf"), ("test", "test_chrf")):
+        assert single[split][name] == pytest.approx(found[split][name], rel=1e-6)
