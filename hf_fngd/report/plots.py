@@ -224,6 +224,28 @@ def plot_coefficients(
     _save(figure, path)
 
 
+def plot_ranks(
+    path: Path, names: Sequence[str], ranks: Sequence[int], sides: Sequence[int], label: str
+) -> None:
+    """Draw the rank of every layer, as a share of the largest that its matrix can have.
+
+    Args:
+        path: PNG file.
+        names: Paths of the layers.
+        ranks: Their ranks.
+        sides: The smaller side of each matrix.
+        label: What kind of rank it is.
+    """
+    figure, axes = _panels(1, 1, width=7)
+    panel = axes[0, 0]
+    for group, layers in layer_groups(names).items():
+        shares = [ranks[i] / sides[i] for i in layers]
+        panel.plot(layers, shares, "o-", markersize=3, linewidth=1, label=group or "all layers")
+    panel.set(xlabel="layer, in the order of the table", ylabel=label, ylim=(0, 1.05))
+    panel.legend(fontsize="small")
+    _save(figure, path)
+
+
 def _panels(rows: int, columns: int, width: float = 5.5) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width * columns, 4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)

@@ -24,6 +24,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import Tensor
 
 from hf_fngd import FNGDError
+from hf_fngd.report.plots import plot_ranks
 
 _WEIGHTS, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
 # Reads the matrix of a layer.
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--share", type=float, default=0.9, help="share of the squared norm to keep (default: 0.9)"
     )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the ranks as a PNG picture")
     parser.add_argument(
         "--rank_pattern", metavar="FILE", type=Path, help="write the ranks as JSON for LoraConfig"
     )
@@ -126,16 +128,34 @@ def _report(options: argparse.Namespace) -> None:
         f"\nThe LoRA rank that keeps {options.share:.0%} of the squared norm of {what} is "
         f"{statistics.median(ranks):g} for the median layer and {max(ranks)} at most."
     )
+    if options.plot is not None:
+        sides = [min(one.shape) for one in found]
+        label = f"{kept}, as a share of the smaller side"
+        _write(
+            "--plot",
+            options.plot,
+            partial(
+                plot_ranks,
+                names=[one.layer for one in found],
+                ranks=ranks,
+                sides=sides,
+                label=label,
+            ),
+        )
     if options.rank_pattern is not None:
         # A LoRA has at least rank 1.
         pattern = {one.layer: max(1, rank) for one, rank in zip(found, ranks, strict=True)}
-        try:
-            options.rank_pattern.write_text(json.dumps(pattern, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FNGDError(
-                f"--rank_pattern: cannot write {str(options.rank_pattern)!r}: {error.strerror}"
-            ) from None
-        print(f"written: {options.rank_pattern}")
+        text = json.dumps(pattern, indent=2) + "\n"
+        write = partial(Path.write_text, data=text, encoding="utf-8")
+        _write("--rank_pattern", options.rank_pattern, write)
+
+
+def _write(option: str, path: Path, write: Callable[[Path], Any]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise FNGDError(f"{option}: cannot write {str(path)!r}: {error.strerror}") from None
+    print(f"written: {path}")
 
 
 def spectra(folder: Path, base: Path | None = None, match: str = "") -> list[Spectrum]:

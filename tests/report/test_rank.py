@@ -107,7 +107,10 @@ def test_the_command_writes_what_peft_reads(tmp_path, capsys):
         model.save_pretrained(tmp_path / name)
     pattern = tmp_path / "ranks.json"
     words = [tmp_path / "after", "--base", tmp_path / "before", "--share", "0.99999"]
-    main([*map(str, words), "--match", "fc[12]$", "--rank_pattern", str(pattern)])
+    picture = tmp_path / "ranks.png"
+    files = ["--rank_pattern", str(pattern), "--plot", str(picture)]
+    main([*map(str, words), "--match", "fc[12]$", *files])
+    assert picture.read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
     assert told.startswith("| layer ") and "for the median layer and 3 at most" in told
     ranks = json.loads(pattern.read_text())
@@ -142,11 +145,12 @@ def bad(tmp_path):
         "no pattern": ([good, "--match", "("], "is not a regular expression"),
         "share": ([good, "--share", "1"], "--share must lie between 0 and 1, not 1"),
         "no place": ([good, "--rank_pattern", tmp_path], "--rank_pattern: cannot write"),
+        "no picture": ([good, "--plot", tmp_path / "no/a.png"], "--plot: cannot write"),
     }
 
 
 CASES = ("no folder", "no weights", "another model", "not finite", "cut", "no index", "no match",
-         "no pattern", "share", "no place")  # fmt: skip
+         "no pattern", "share", "no place", "no picture")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
