@@ -50,11 +50,13 @@ __all__ = [
 ]
 
 if importlib.util.find_spec("transformers") is not None:
+    from hf_fngd.hf.averaging import AveragingCallback
     from hf_fngd.hf.callback import FNGDCallback
     from hf_fngd.hf.registry import register
     from hf_fngd.hf.trainer import FNGDMixin, FNGDSeq2SeqTrainer, FNGDTrainer
 
-    __all__ += ["FNGDCallback", "FNGDMixin", "FNGDSeq2SeqTrainer", "FNGDTrainer", "register"]
+    __all__ += ["AveragingCallback", "FNGDCallback", "FNGDMixin", "FNGDSeq2SeqTrainer"]
+    __all__ += ["FNGDTrainer", "register"]
     try:
         register()
     except FNGDError as error:

@@ -1,19 +1,21 @@
 """`AveragingCallback`: a Trainer's run ends with the average of its weights.
 
 With a learning rate that stays high, the average of the last weights is better than any of them;
-with one that decays to zero the decay does the same (`scripts/plans/averages.md`). In a plain loop,
-`torch.optim.swa_utils.AveragedModel` computes the same averages.
+with one that decays to zero the decay does the same (`scripts/plans/finetuning.md`). In a plain
+loop, `torch.optim.swa_utils.AveragedModel` computes the same averages.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -136,7 +138,8 @@ class AveragingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the average into the checkpoint."""
-        if self.count and not self._ended and state.is_world_process_zero:
+        kept = self.count and not self._ended and not args.save_only_model
+        if kept and state.is_world_process_zero:
             content = {"settings": self.settings, "count": self.count, "average": self._kept}
             torch.save(content, _folder(args, state) / _FILE)
 
@@ -240,8 +243,12 @@ def _renew_statistics(model: nn.Module, loader: Any) -> None:
         # The mean over all batches.
         layer.momentum = None
     device = next(model.parameters()).device
-    for _, batch in zip(range(_BATCHES), loader, strict=False):
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    for batch in itertools.islice(loader, _BATCHES):
+        inputs = send_to_device(batch, device)
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        else:
+            model(*inputs if isinstance(inputs, list | tuple) else [inputs])
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.train(training)

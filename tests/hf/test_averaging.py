@@ -1,15 +1,17 @@
 """A run with `AveragingCallback` ends with torch's own averages of its weights."""
 
 import logging
+from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 
-from hf_fngd import FNGDError, FNGDSeq2SeqTrainer, FNGDTrainer
-from hf_fngd.hf.averaging import AveragingCallback
+from hf_fngd import AveragingCallback, FNGDError, FNGDSeq2SeqTrainer, FNGDTrainer
 from tests.helpers import tiny_resnet
 from tests.hf.test_resume import StopAfter
 from tests.hf_utils import arguments, make_trainer, same, tiny_marian, token_pairs, weights
@@ -212,6 +214,16 @@ def test_average_that_is_not_finite_leaves_the_model_alone(tmp_path, caplog):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(FNGDError, match=message):
         AveragingCallback(**settings)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_divided_weights_are_refused(kind, tmp_path):
+    args = arguments(tmp_path)
+    with (
+        mock.patch.dict(AcceleratorState._shared_state, {"distributed_type": kind}),
+        pytest.raises(FNGDError, match=r"FSDP and DeepSpeed divide: use DDP \(torchrun\)"),
+    ):
+        AveragingCallback().on_train_begin(args, TrainerState(), None, model=tiny_marian())
 
 
 def test_what_cannot_work_is_refused(tmp_path):
