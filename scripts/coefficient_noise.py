@@ -25,30 +25,17 @@ from typing import Any
 
 import torch
 from bench.measure import parse, write_results
-from common.seq2seq import tokenize
 from tabulate import tabulate
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, set_seed
-from translation.data import DataArguments, load_pairs, sentences
-from translation.model import ModelArguments, load_model
+from translation.batches import Corpus, Data
 
 from hf_fngd import FNGD, create_fngd_optimizer, create_preconditioned_optimizer
 
 
 @dataclass
-class Study:
+class Study(Corpus):
     """Data, model and training."""
 
-    train_file: str = field(
-        default="data/multi30k/train.en-de.jsonl.gz", metadata={"help": "Sentence pairs."}
-    )
-    rows: int = field(default=2000, metadata={"help": "Number of pairs, the first of the file."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Trained model to start from; default: a new Marian."}
-    )
-    d_model: int = field(default=128, metadata={"help": "Width of the Marian."})
-    layers: int = field(default=2, metadata={"help": "Layers on each side."})
-    batch_size: int = field(default=64, metadata={"help": "Pairs a batch."})
     learning_rate: float = field(
         default=2e-3, metadata={"help": "Learning rate of the selected weights."}
     )
@@ -59,7 +46,6 @@ class Study:
     dampings: list[float] = field(
         default_factory=lambda: [0.01, 0.1, 1.0, 10.0], metadata={"help": "Relative λ."}
     )
-    threads: int = field(default=2, metadata={"help": "Threads of torch."})
     epochs: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10],
         metadata={"help": "Epochs after which γ is computed."},
@@ -71,47 +57,6 @@ class Options:
     """The result file."""
 
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
-
-
-class Data:
-    """Batches of tokenised pairs.
-
-    Args:
-        study: Studys.
-    """
-
-    def __init__(self, study: Study) -> None:
-        torch.set_num_threads(study.threads)
-        set_seed(0)
-        arguments = DataArguments(
-            source_lang="en",
-            target_lang="de",
-            train_file=study.train_file,
-            max_train_samples=study.rows,
-            max_source_length=64,
-            max_target_length=64,
-        )
-        pairs = load_pairs(arguments)
-        shape = ModelArguments(
-            model_name_or_path=study.model_name_or_path,
-            d_model=study.d_model,
-            ffn_dim=4 * study.d_model,
-            layers=study.layers,
-            dropout=0.0,
-        )
-        self.model, tokenizer = load_model(shape, sentences(pairs), 64, ("en", "de"))
-        for module in self.model.modules():
-            if hasattr(module, "dropout"):  # a trained model brings its own
-                module.dropout = 0.0
-        self.rows = list(tokenize(pairs["train"], tokenizer, arguments))
-        self.collate = DataCollatorForSeq2Seq(tokenizer, model=self.model)
-        self.size = study.batch_size
-
-    def batches(self, seed: int) -> Any:
-        """Divide all pairs at random, and yield row numbers and model inputs."""
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(self.size):
-            yield rows, self.collate([self.rows[i] for i in rows.tolist()])
 
 
 def collect(data: Data, damping: float, seed: int) -> FNGD:

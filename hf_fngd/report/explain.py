@@ -192,7 +192,7 @@ def starting_point(options: argparse.Namespace, layers: int) -> str:
         layers: Number of chosen layers.
 
     Returns:
-        Options for a training script, and a sentence on the learning rate.
+        Options for a training script, and sentences on the learning rates.
     """
     config: Any = METHODS[options.method].config_class()
     values: dict[str, Any] = {"damping": config.damping}
@@ -204,6 +204,9 @@ def starting_point(options: argparse.Namespace, layers: int) -> str:
         advice = "Start from AdamW's learning rate, then search for the damping."
     if options.target_modules:
         values["target_modules"] = options.target_modules
+    advice += (
+        " Search other_lr, the rate of embeddings, norms and head, as well: it matters as much."
+    )
     words = ",".join(f"{name}={value}" for name, value in values.items())
     return f'Settings to start with:\n  --optim {options.method} --optim_args "{words}"\n{advice}'
 

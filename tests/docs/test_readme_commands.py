@@ -77,7 +77,7 @@ PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_fi
          "quality_cifar10", "ablation_cifar10", "ablation_scratch", "quality_scratch",
          "ablation_cifar10_wide", "quality_lora", "paper_setting", "noise_finetune",
          "quality_small_batches", "quality_finetune_bleu", "one_epoch", "three_epochs",
-         "whitening")  # fmt: skip
+         "whitening", "finetune_muon_base", "finetune_adamw_base", "finetune_lora")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,
@@ -98,6 +98,8 @@ SHRINK = {
     "memory": {**BENCH, "steps": 1, "variant": "adamw", "checkpointing": "reentrant"},
     "coefficient_noise": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
                           "output": "b.json"},
+    "direction_quality": {"rows": 16, "d_model": 16, "layers": 1, "batch_size": 8, "epochs": 1,
+                          "judges": 2, "repeats": 1, "steps": 2, "output": "b.json"},
     "profile_step": {**BENCH, "repeats": 2},
     "gram": {"samples": 3, "positions": 2, "widths": 4, "threads": 1, "repeats": 2, "warmup": 1,
              "output": "b.json", "plot": "b.png"},
@@ -264,7 +266,7 @@ LEFT = {
     "--output_dir runs/cifar10-resnet18-small-sgd": ["runs/cifar10-resnet18-small-sgd/README.md"],
     "scripts/multi30k.json$": ["runs/multi30k-marian-small-fngd/coefficients.png"],
     "marian-small-muon_soap": ["runs/multi30k-marian-small-muon_soap/README.md"],
-    "scripts/tatoeba.json": ["runs/tatoeba-marian-small/README.md"],
+    "scripts/tatoeba.json$": ["runs/tatoeba-marian-small/README.md"],
     "fashion_smoke.json": ["runs/fashion-smoke/metrics.json"],
     "runs/german": ["runs/german/model.safetensors", "runs/german/coefficients.png"],
     "runs/lora": ["runs/lora/adapter_model.safetensors", "runs/lora/README.md"],
@@ -275,7 +277,9 @@ LEFT = {
     **{f"plans/{name}.json": [f"runs/compare_{name}/table.md"] for name in PLANS[2:]},
     "update_rules": ["b.json"],
     "methods_": ["b.json"],
+    "marian-small-adamw": ["runs/tatoeba-marian-small-adamw/README.md"],
     "coefficient_noise": ["b.json"],
+    "direction_quality": ["b.json"],
     "route_crossover": ["b.json", "b.png"],
     "profile_step": ["b.json"],
     "write_card.py FOLDER": ["FOLDER/README.md"],
