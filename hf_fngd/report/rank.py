@@ -100,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--share", type=float, default=0.9, help="share of the squared norm to keep (default: 0.9)"
     )
+    parser.add_argument(
+        "--budget",
+        metavar="R",
+        type=int,
+        help="with --rank_pattern: share out the parameters that a LoRA of rank R has in these "
+        "layers, so that they keep the most; default: the ranks of the table",
+    )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the ranks as a PNG picture")
     parser.add_argument(
         "--rank_pattern", metavar="FILE", type=Path, help="write the ranks as JSON for LoraConfig"
@@ -107,9 +114,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def allocate(found: Sequence[Spectrum], rank: int) -> dict[str, int]:
+    """Share out the parameters of a LoRA among layers, so that they keep the most of Σσ².
+
+    A rank of a `[d_out, d_in]` matrix costs d_out + d_in parameters. Every layer has rank 1 at
+    least; the rest goes to the singular values with the largest σ² per parameter.
+
+    Args:
+        found: The layers' spectra.
+        rank: Rank of the LoRA whose parameters are shared out.
+
+    Returns:
+        Ranks by layer.
+    """
+    costs = {one.layer: sum(one.shape) for one in found}
+    left = (rank - 1) * sum(costs.values())
+    parts = [
+        (float(value) ** 2 / costs[one.layer], one.layer)
+        for one in found
+        for value in one.values[1:]
+    ]
+    pattern = dict.fromkeys(costs, 1)
+    for _, layer in sorted(parts, key=lambda part: -part[0]):
+        if costs[layer] <= left:
+            pattern[layer] += 1
+            left -= costs[layer]
+    return pattern
+
+
 def _report(options: argparse.Namespace) -> None:
     if not 0 < options.share < 1:
         raise FNGDError(f"--share must lie between 0 and 1, not {options.share:g}")
+    if options.budget is not None and (options.budget < 1 or options.rank_pattern is None):
+        raise FNGDError("--budget must be a rank of at least 1, and needs --rank_pattern FILE")
     found = spectra(options.folder, options.base, options.match)
     ranks = [one.rank(options.share) for one in found]
     kept = f"rank for {options.share:.0%}"
@@ -145,6 +182,8 @@ def _report(options: argparse.Namespace) -> None:
     if options.rank_pattern is not None:
         # A LoRA has at least rank 1.
         pattern = {one.layer: max(1, rank) for one, rank in zip(found, ranks, strict=True)}
+        if options.budget is not None:
+            pattern = allocate(found, options.budget)
         text = json.dumps(pattern, indent=2) + "\n"
         write = partial(Path.write_text, data=text, encoding="utf-8")
         _write("--rank_pattern", options.rank_pattern, write)

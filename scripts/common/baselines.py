@@ -56,7 +56,9 @@ def baselines(
 def _task(found: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     settings = found["settings"]
     training = {n: value for n, value in settings["training"].items() if n not in OPTIMIZER}
-    return settings["model"], settings["data"], training
+    # An argument that an earlier version did not have is None.
+    model = {name: value for name, value in settings["model"].items() if value is not None}
+    return model, settings["data"], training
 
 
 def _described(found: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

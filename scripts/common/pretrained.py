@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,17 @@ class PretrainedArguments:
     lora_alpha: int | None = field(
         default=None, metadata={"help": "Scale of the adapters; default: twice their rank."}
     )
+    lora_rank_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of ranks by layer, as `python -m hf_fngd rank` writes it; other "
+            "layers have --lora_rank. The scale of each keeps its ratio to the rank."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is None and self.lora_rank_pattern is not None:
+            raise ValueError("--lora_rank_pattern needs --lora_rank")
 
 
 @contextlib.contextmanager
@@ -100,21 +113,47 @@ def with_adapters(model: PreTrainedModel, args: PretrainedArguments, task: str) 
         The model, or a PeftModel around it.
 
     Raises:
-        InputError: If peft is missing or refuses the model.
+        InputError: If peft is missing or refuses the model, or the file of ranks cannot be used.
     """
     if args.lora_rank is None:
         return model
+    ranks = _ranks(args.lora_rank_pattern, model)
     try:
         import peft
     except ImportError:
         raise InputError("--lora_rank needs peft: pip install 'hf-fngd[peft]'") from None
+    alpha = args.lora_alpha or 2 * args.lora_rank
     try:
         config = peft.LoraConfig(
             task_type=task,
             r=args.lora_rank,
-            lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+            lora_alpha=alpha,
             target_modules="all-linear",
+            rank_pattern=ranks,
+            alpha_pattern={name: rank * alpha / args.lora_rank for name, rank in ranks.items()},
         )
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"--lora_rank {args.lora_rank}: {error}") from None
+
+
+def _ranks(path: str | None, model: PreTrainedModel) -> dict[str, int]:
+    """Read a file of ranks, and check that they belong to the model."""
+    if path is None:
+        return {}
+    try:
+        ranks = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read --lora_rank_pattern {path!r}: {error}") from None
+    if not isinstance(ranks, dict) or not all(
+        isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 for rank in ranks.values()
+    ):
+        raise InputError(f"--lora_rank_pattern {path!r} must hold a rank of at least 1 by layer")
+    known = dict(model.named_modules())
+    missing = [name for name in ranks if name not in known]
+    if missing:
+        raise InputError(
+            f"--lora_rank_pattern {path!r} names {missing[0]}, which the model does not have: give "
+            "the ranks of a model of the same architecture"
+        )
+    return ranks
