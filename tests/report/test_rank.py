@@ -1,7 +1,9 @@
 """`python -m hf_fngd rank`: effective ranks by the definition, of changes and of adapters."""
 
+import itertools
 import json
 import math
+import operator
 import re
 
 import pytest
@@ -10,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from hf_fngd import FNGDError
-from hf_fngd.report.rank import main, spectra
+from hf_fngd.report.rank import Spectrum, allocate, main, spectra
 from tests.hf_utils import tiny_marian, weights
 
 # Of PEFT, while it makes an adapter.
@@ -124,6 +126,37 @@ def test_the_command_writes_what_peft_reads(tmp_path, capsys):
         assert module.lora_A["default"].weight.shape[0] == rank
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_budget_keeps_the_most(seed):
+    """Against all ways to share out the parameters of a LoRA of rank 2."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = [(4, 4), (4, 4), (4, 4)] if seed % 2 else [(4, 4), (2, 6), (5, 3)]
+    found = [
+        Spectrum(
+            name, shape, torch.rand(min(shape), generator=random).double().sort().values.flip(0)
+        )
+        for name, shape in zip("abc", shapes, strict=True)
+    ]
+    ranks = allocate(found, 2)
+    costs = [8, 8, 8]
+
+    def kept(chosen):
+        return sum(
+            float(one.values[:r].square().sum()) for one, r in zip(found, chosen, strict=True)
+        )
+
+    ways = itertools.product(*(range(1, min(shape) + 1) for shape in shapes))
+    possible = [way for way in ways if sum(map(operator.mul, way, costs)) <= 2 * sum(costs)]
+    best = max(possible, key=kept)
+    assert tuple(ranks.values()) == best and list(ranks) == ["a", "b", "c"]
+
+
+def test_a_budget_counts_the_parameters_of_each_layer():
+    wide = [Spectrum("a", (4, 4), torch.ones(4)), Spectrum("b", (4, 400), torch.ones(4))]
+    assert allocate(wide, 2) == {"a": 4, "b": 1}, "a rank of b costs fifty times one of a"
+    assert allocate(wide, 1) == {"a": 1, "b": 1}
+
+
 def bad(tmp_path):
     good = folder(tmp_path / "good", **{"fc.weight": torch.randn(4, 3)})
     other = folder(tmp_path / "other", **{"fc.weight": torch.randn(5, 3)})
@@ -145,12 +178,15 @@ def bad(tmp_path):
         "no pattern": ([good, "--match", "("], "is not a regular expression"),
         "share": ([good, "--share", "1"], "--share must lie between 0 and 1, not 1"),
         "no place": ([good, "--rank_pattern", tmp_path], "--rank_pattern: cannot write"),
+        "no rank": ([good, "--budget", "0", "--rank_pattern", tmp_path / "a"], "--budget must be"),
+        "no file": ([good, "--budget", "4"], "--budget must be .* needs --rank_pattern FILE"),
         "no picture": ([good, "--plot", tmp_path / "no/a.png"], "--plot: cannot write"),
     }
 
 
 CASES = ("no folder", "no weights", "another model", "not finite", "cut", "no index", "no match",
-         "no pattern", "share", "no place", "no picture")  # fmt: skip
+         "no pattern", "share", "no place", "no picture",
+         "no rank", "no file")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
