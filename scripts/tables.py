@@ -29,6 +29,7 @@ _NAMES = (
     "scripts/bench/memory.md",
     "scripts/plans/README.md",
     "scripts/plans/coefficients.md",
+    "scripts/plans/finetuning.md",
     "scripts/plans/vocabulary.md",
     "model_cards/README.md",
 )
@@ -307,6 +308,23 @@ def sharing() -> str:
     return table(rows, columns, texts=2)
 
 
+def directions() -> str:
+    """Make the table of how much of other batches' loss each direction can remove."""
+    found = load("direction_quality.json")
+    measured = found["results"]["measurements"]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for one in measured:
+        row = rows.setdefault((one["part"], one["direction"]), {})
+        for when, step in (("first", 1), ("last", found["workload"]["steps"])):
+            head = f"epoch {one['epochs']:g}, step {step}"
+            ratio, error = one[f"gain, {when} step"], one[f"error, {when} step"]
+            row[head] = f"{ratio:.2f} ± {error:.2f}"
+    columns: dict[str, Callable] = {"part": lambda r: r[0][0], "direction": lambda r: r[0][1]}
+    heads = next(iter(rows.values()))
+    columns |= {head: lambda r, head=head: r[1][head] for head in heads}
+    return table(rows.items(), columns, texts=2) + machine(found, "mean ± standard error")
+
+
 # ---- front page --------------------------------------------------------------------------------
 
 # Rows of `methods_*.json` with their shares, the label in each study of `TASKS`, and the steps from
@@ -454,7 +472,7 @@ TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         settings, support, costs, first_epochs, memory, profiles, checkpointing, store, rules,
-        growth, methods, sharing, names, fngd, vocabulary, steps,
+        growth, methods, sharing, directions, names, fngd, vocabulary, steps,
     )
 } | GPU_TABLES  # fmt: skip
 
