@@ -1,8 +1,8 @@
 """`AveragingCallback`: a Trainer's run ends with the average of its weights.
 
-With a learning rate that stays high, the average of the last weights is better than any of them;
-with one that decays to zero the decay does the same (`scripts/plans/finetuning.md`). In a plain
-loop, `torch.optim.swa_utils.AveragedModel` computes the same averages.
+With a learning rate that stays high, the average of the last weights is better than any of them,
+and in fine-tuning better than a rate that decays to zero (`scripts/plans/finetuning.md`). In a
+plain loop, `torch.optim.swa_utils.AveragedModel` computes the same averages.
 """
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ LEFT = {
     "hf_fngd rank": ["ranks.json"],
     "--output_dir runs/mine": ["runs/mine/README.md"],
     "scripts/multi30k_finetune.json$": ["runs/multi30k-finetune-fngd/README.md"],
-    "--output_dir runs/multi30k-finetune-muon": ["runs/multi30k-finetune-muon/README.md"],
+    "--output_dir runs/multi30k-finetune-average": ["runs/multi30k-finetune-average/README.md"],
     "--output_dir runs/multi30k-finetune-sgd": ["runs/multi30k-finetune-sgd/README.md"],
     "scripts/cifar10_small.json$": ["runs/cifar10-resnet18-small-fngd/metrics.json"],
     "--output_dir runs/cifar10-resnet18-small-sgd": ["runs/cifar10-resnet18-small-sgd/README.md"],
