@@ -261,12 +261,15 @@ def test_no_overfitting_where_the_training_loss_is_flat_too_or_little_is_known()
     assert overfitting(course(long, [*long[:18], long[17], long[17]])) is None
 
 
-def test_committed_demo_says_that_it_began_to_overfit():
-    text = (CARDS / "tatoeba-demo" / "README.md").read_text(encoding="utf-8")
-    assert text.count("- The model began to overfit: from step 567 to step 756") == 1
+def test_committed_cards_say_which_runs_began_to_overfit():
+    steps = {"tatoeba-demo": "step 567 to step 756", "multi30k-finetune-average": "step 64 to step"}
     for folder in CARDS.glob("*/"):
-        if folder.name != "tatoeba-demo":
-            assert "overfit" not in (folder / "README.md").read_text(encoding="utf-8")
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        if folder.name in steps:
+            sentence = f"- The model began to overfit: from {steps[folder.name]}"
+            assert text.count(sentence) == 1
+        else:
+            assert "overfit" not in text
 
 
 def test_scores_are_the_numbers_of_any_metric():
