@@ -93,14 +93,14 @@ def directions(
     chosen = {id(p) for p in optimizer.selection.parameters()}
     moved = [p for p in model.parameters() if p.requires_grad and (id(p) in chosen) == hidden]
     weights = [p.detach().clone() for p in model.parameters()]
+    starts = [p.detach().clone() for p in moved]
     found = []
     for number, (rows, inputs) in zip(range(steps), data.batches(seed), strict=False):
         optimizer.set_batch(rows)
         model(**inputs).loss.backward()
-        before = [p.detach().clone() for p in moved]
         optimizer.step()
         optimizer.zero_grad()
-        made = [p.detach() - b for p, b in zip(moved, before, strict=True)]
+        made = [p.detach() - b for p, b in zip(moved, starts, strict=True)]
         found += [list(zip(moved, made, strict=True))] * ((number == 0) + (number == steps - 1))
         with torch.no_grad():
             torch._foreach_copy_(list(model.parameters()), weights)

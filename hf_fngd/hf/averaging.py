@@ -46,7 +46,6 @@ class AveragingCallback(TrainerCallback):
         decay: Decay of an exponential moving average, in (0, 1); None: all points count the same.
 
     Attributes:
-        count: Points in the average.
         replaced: Whether the average has taken the place of the last weights.
 
     Raises:
@@ -62,11 +61,16 @@ class AveragingCallback(TrainerCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self.count, self.replaced = 0, False
+        self.replaced = False
         self._average: AveragedModel | None = None
         # The average by name; when it is in the model, what was there before.
         self._kept: dict[str, Tensor] = {}
         self._ended = False
+
+    @property
+    def count(self) -> int:
+        """Points in the average."""
+        return 0 if self._average is None else int(self._average.n_averaged)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -153,7 +157,7 @@ class AveragingCallback(TrainerCallback):
         for name, one in (_trained(model) | _statistics(model)).items():
             before = one.detach().clone()
             one.copy_(self._kept[name])
-            self._kept[name] = before
+            self._kept[name].copy_(before)
         self.replaced = not self.replaced
 
     def _check(self, model: nn.Module) -> None:
@@ -189,8 +193,7 @@ class AveragingCallback(TrainerCallback):
         for name, average in self._kept.items():
             average.copy_(saved["average"][name])
         assert self._average is not None
-        self.count = saved["count"]
-        self._average.n_averaged.fill_(self.count)
+        self._average.n_averaged.fill_(saved["count"])
 
     def _collect(self, model: nn.Module) -> None:
         if self._average is None:
@@ -198,7 +201,6 @@ class AveragingCallback(TrainerCallback):
         assert self._average is not None
         self._check(model)
         self._average.update_parameters(_points(model))
-        self.count += 1
 
     def _begin(self, model: nn.Module) -> None:
         update = None if self.decay is None else get_ema_multi_avg_fn(self.decay)
@@ -222,18 +224,23 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
+def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the layers that keep running statistics, by path."""
+    found = {path: one for path, one in model.named_modules() if isinstance(one, _BatchNorm)}
+    return {path: one for path, one in found.items() if one.track_running_stats}
+
+
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of BatchNorm."""
-    found: dict[str, Tensor] = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
-            found |= {f"{path}.{name}": one for name, one in layer.named_buffers(recurse=False)}
-    return found
+    return {
+        f"{path}.{name}": one
+        for path, layer in _batch_norms(model).items()
+        for name, one in layer.named_buffers(recurse=False)
+    }
 
 
 def _renew_statistics(model: nn.Module, loader: Any) -> None:
     """Compute the running statistics of BatchNorm for the present weights."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = list(_batch_norms(model).values())
     if not layers or loader is None:
         return
     momenta, training = [layer.momentum for layer in layers], model.training

@@ -180,10 +180,11 @@ def _report(options: argparse.Namespace) -> None:
             ),
         )
     if options.rank_pattern is not None:
-        # A LoRA has at least rank 1.
-        pattern = {one.layer: max(1, rank) for one, rank in zip(found, ranks, strict=True)}
         if options.budget is not None:
             pattern = allocate(found, options.budget)
+        else:
+            # A LoRA has at least rank 1.
+            pattern = {one.layer: max(1, rank) for one, rank in zip(found, ranks, strict=True)}
         text = json.dumps(pattern, indent=2) + "\n"
         write = partial(Path.write_text, data=text, encoding="utf-8")
         _write("--rank_pattern", options.rank_pattern, write)

@@ -31,10 +31,15 @@ SHOWN = 10
 
 
 class InOrderMixin(Seq2SeqTrainer):
-    """Trainer mixin: evaluation keeps the order of the data, because references have no ids.
+    """Trainer mixin: evaluation has every row once and in order, because references have no ids.
 
-    Under `group_by_length` the Trainer would sort the rows.
+    Under `group_by_length` the Trainer would sort the rows, and Seq2SeqTrainer leaves the rows in
+    with which several processes fill up the last batch.
     """
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> SequentialSampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
@@ -100,12 +105,11 @@ class ComputeMetrics:
             RuntimeError: If the rows come in another order than the references.
         """
         tokens, labels = prediction.predictions, np.asarray(prediction.label_ids)
-        tokens = tokens[0] if isinstance(tokens, tuple) else tokens
-        # Seq2SeqTrainer leaves the rows in with which several processes fill up the last batch.
-        tokens, labels = (rows[: len(self._labels)] for rows in (tokens, labels))
         if [self._without_padding(row) for row in labels] != self._labels:
             raise RuntimeError("the Trainer evaluates in another order than that of the data")
-        self.predictions = decode(self.tokenizer, tokens)
+        self.predictions = decode(
+            self.tokenizer, tokens[0] if isinstance(tokens, tuple) else tokens
+        )
         more = score_all(self.more, {"string": self.predictions}, {"string": self.references})
         self.scores = self.score(self.predictions, self.references)
         self.scores |= {name: value for name, value in more.items() if name not in self.scores}

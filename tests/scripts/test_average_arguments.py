@@ -36,6 +36,10 @@ def test_run_reports_the_average_and_the_last_weights(files, capsys):
     # What was saved is what was scored.
     saved = AutoModelForCausalLM.from_pretrained(folder)
     assert all(bool(p.isfinite().all()) for p in saved.parameters())
+    again = {"model_name_or_path": folder, "output_dir": files / "again", "do_train": None}
+    assert run_script("run_clm", *options(files, **again, eval_strategy="no")) == 0
+    second = json.loads((files / "again/metrics.json").read_text())
+    assert second["validation"]["eval_loss"] == pytest.approx(mine["eval_loss"], rel=1e-5)
 
 
 def test_run_without_an_average_says_nothing_of_it(files, capsys):
