@@ -17,6 +17,7 @@ from hf_fngd.report.plots import points
 RESULTS = Path(__file__).resolve().parent / "bench" / "results"
 PATH = RESULTS / "front.png"
 STYLES = {
+    "muon, averaged weights": ("#e6ab02", 2.4),
     "muon_soap": ("#1f78b4", 2.4),
     "muon": ("#1b9e77", 2.0),
     "kfac": ("#7570b3", 1.6),
@@ -27,13 +28,16 @@ STYLES = {
 
 
 class Panel(NamedTuple):
-    """One task: the study, its metric and epochs, and its label of each line."""
+    """One task: the study, its metric and epochs, and its label of each optimizer.
+
+    Without epochs the panel shows the end of each run.
+    """
 
     title: str
     study: str
     metric: str
     name: str
-    epochs: int
+    epochs: int | None
     labels: dict[str, str]
 
 
@@ -56,36 +60,49 @@ PANELS = (
         {"muon_soap": "muon_soap", "muon": "muon", "adamw": "adamw"},
     ),
     Panel(
-        "Fine-tuning\nMarian from Tatoeba to Multi30K",
-        "quality_finetune",
+        "Fine-tuning, after 5 epochs\nMarian (Muon, Tatoeba) on Multi30K",
+        "finetune_muon_base",
         "eval_bleu",
         "validation BLEU",
-        5,
-        {"muon": "muon", "adamw": "adamw", "plain (SGD)": "sgd_rms"}
-        | {"fngd (coefficients of the first epoch)": "fngd_rms"},
+        None,
+        {"muon, averaged weights": "muon_average", "muon": "muon", "muon_soap": "muon_soap"}
+        | {"adamw": "adamw", "plain (SGD)": "sgd_rms"}
+        | {"fngd (coefficients of the first epoch)": "fngd"},
     ),
 )
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
-    """Draw one task: for each optimizer the mean of its seeds, and their range."""
+    """Draw one task: for each optimizer the mean of its seeds, and their range or each of them."""
     runs = [run for run in read_runs(RESULTS / panel.study) if run["run"].startswith("final")]
-    for name, label in panel.labels.items():
+    for place, (name, label) in enumerate(panel.labels.items()):
         color, width = STYLES[name]
-        steps, _, values = points([run for run in runs if run["label"] == label], panel.metric)
+        mine = [run for run in runs if run["label"] == label]
+        if panel.epochs is None:
+            ends = [run["objective"] for run in mine]
+            axes.plot([place] * len(ends), ends, "o", color=color, alpha=0.5, markersize=5)
+            mean = sum(ends) / len(ends)
+            axes.hlines(mean, place - 0.3, place + 0.3, color=color, linewidth=width, label=name)
+            continue
+        steps, _, values = points(mine, panel.metric)
         epochs = panel.epochs * steps / steps[-1]
         low, high = values.min(axis=0), values.max(axis=0)
         axes.plot(epochs, values.mean(axis=0), color=color, linewidth=width, label=name)
         axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_title(panel.title, fontsize=10.5)
-    axes.set(xlabel="epoch", ylabel=panel.name, xticks=range(1, panel.epochs + 1))
+    axes.set_ylabel(panel.name)
+    if panel.epochs is None:
+        axes.set_xticks([])
+        axes.set_xlabel("optimizer: five seeds and their mean")
+    else:
+        axes.set(xlabel="epoch", xticks=range(1, panel.epochs + 1))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(path: Path) -> None:
     """Draw all tasks side by side into a PNG file, with one legend."""
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    figure = Figure(figsize=(11, 4.1), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)
     axes = figure.subplots(1, len(PANELS))
     for one, panel in zip(axes, PANELS, strict=True):
@@ -98,7 +115,7 @@ def draw(path: Path) -> None:
         [lines[name] for name in names],
         names,
         loc="outside lower center",
-        ncols=len(names),
+        ncols=(len(names) + 1) // 2,
         frameon=False,
     )
     figure.savefig(path, dpi=120)

@@ -84,7 +84,7 @@ class AveragingCallback(TrainerCallback):
 
         Raises:
             FNGDError: If weights are divided among processes, the best checkpoint would replace the
-                average, or a checkpoint lacks it.
+                average, the training ends before its first point, or a checkpoint lacks it.
         """
         self._reset()
         if args.load_best_model_at_end:
@@ -96,6 +96,12 @@ class AveragingCallback(TrainerCallback):
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise FNGDError(
                 "averaging needs whole weights, which FSDP and DeepSpeed divide: use DDP (torchrun)"
+            )
+        steps = state.max_steps - self._first(state)
+        if self.every > steps:
+            raise FNGDError(
+                f"the average has no point: it takes one every {self.every} steps, and begins "
+                f"{steps} before the end of {state.max_steps}: lower every, or train longer"
             )
         if state.global_step > self._first(state):
             self._load(args, state, kwargs["model"])

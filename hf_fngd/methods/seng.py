@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_fngd.config import setting
-from hf_fngd.methods.curvature import BlockCurvature, SampleBlock
+from hf_fngd.methods.blocks import BlockCurvature, SampleBlock
 from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig
 
 

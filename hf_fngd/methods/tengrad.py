@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_fngd.config import setting
-from hf_fngd.methods.curvature import BlockCurvature, SampleBlock
+from hf_fngd.methods.blocks import BlockCurvature, SampleBlock
 from hf_fngd.methods.preconditioned import PreconditionedOptimizer, PreconditionerConfig
 
 

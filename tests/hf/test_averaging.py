@@ -1,6 +1,7 @@
 """A run with `AveragingCallback` ends with torch's own averages of its weights."""
 
 import logging
+import random
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 
@@ -224,6 +226,25 @@ def test_divided_weights_are_refused(kind, tmp_path):
         pytest.raises(FNGDError, match=r"FSDP and DeepSpeed divide: use DDP \(torchrun\)"),
     ):
         AveragingCallback().on_train_begin(args, TrainerState(), None, model=tiny_marian())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_average_has_a_point_or_is_refused(seed, tmp_path):
+    draw = random.Random(seed)
+    steps, every = draw.randint(1, 12), draw.randint(1, 12)
+    start = draw.choice([0.0, draw.random(), 0.99])
+    model, averaging = nn.Linear(1, 1), AveragingCallback(start, every)
+    args, state = arguments(tmp_path), TrainerState(max_steps=steps)
+    points = [step for step in range(1, steps + 1) if step > int(start * steps)][every - 1 :: every]
+    if not points:
+        with pytest.raises(FNGDError, match="the average has no point: .* lower every"):
+            averaging.on_train_begin(args, state, None, model=model)
+        return
+    averaging.on_train_begin(args, state, None, model=model)
+    for state.global_step in range(1, steps + 1):
+        averaging.on_step_end(args, state, None, model=model)
+    assert averaging.replaced
+    assert averaging.count == len(points)
 
 
 def test_what_cannot_work_is_refused(tmp_path):

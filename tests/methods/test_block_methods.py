@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.layers.calls import Call
-from hf_fngd.methods.curvature import SampleBlock
+from hf_fngd.methods.blocks import SampleBlock
 from hf_fngd.methods.seng import SENGLayer, _low_rank
 from hf_fngd.solve import gram
 from tests.helpers import natural_gradient, sample_gradients, tiny_resnet
