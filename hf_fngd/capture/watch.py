@@ -45,8 +45,11 @@ class Watch:
         self.parts.append((calls, own))
         for place, leaf in enumerate(self.layer.parameters()):
             missing = grads[place] is None or place in self._hooks
-            # A hook of the user's may change the gradient before this one sees it.
-            if missing or leaf is None or not leaf.is_leaf or leaf._backward_hooks:
+            # A parameter frozen since its forward pass gets no gradient. A hook of the user's may
+            # change the gradient before this one sees it.
+            if missing or leaf is None or not leaf.is_leaf or not leaf.requires_grad:
+                continue
+            if leaf._backward_hooks:
                 continue
             check = functools.partial(self._check, place, leaf)
             self._hooks[place] = leaf.register_hook(check)

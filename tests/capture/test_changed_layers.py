@@ -1,6 +1,7 @@
 """What happens on a captured layer after it was captured is noticed, or harmless."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -194,6 +195,42 @@ def test_a_bias_that_is_frozen_or_trained_later(method, first):
 
 
 # ---- other optimizers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("method", ALL)
+def test_parameters_are_frozen_and_thawed_at_any_moment(method, seed):
+    """As in a GAN, which freezes its discriminator between its forward and its backward pass."""
+    draw = random.Random(seed)
+    model = net()
+    twin = copy.deepcopy(model)
+    optimizer = make(model, method, **settings(method))
+
+    def flip(chance):
+        for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+            if draw.random() < chance:
+                its.requires_grad_(mine.requires_grad_(draw.random() < 0.6).requires_grad)
+
+    for _ in range(12):
+        flip(0.4)
+        if not any(p.requires_grad for p in model.parameters()):
+            model[2].bias.requires_grad_(True)
+            twin[2].bias.requires_grad_(True)
+        x = rows()
+        model.zero_grad()
+        twin.zero_grad()
+        optimizer.set_batch(range(len(x)))
+        losses = [one(x).square().mean() for one in (model, twin)]
+        flip(0.3)
+        for loss in losses:
+            loss.backward()
+        before = copy.deepcopy(model)
+        optimizer.step()
+        for (name, mine), its in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert (mine.grad is None) == (its.grad is None), name
+            changed = not torch.equal(mine, before.get_parameter(name))
+            assert changed <= (mine.grad is not None), name
+            assert mine.isfinite().all()
 
 
 @pytest.mark.feature("Another optimizer on an attached model", "refused")
