@@ -5,8 +5,9 @@ python scripts/front_picture.py   # writes scripts/bench/results/front.png
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from comparison.results import read_runs
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from hf_fngd.report.plots import points
 
 RESULTS = Path(__file__).resolve().parent / "bench" / "results"
 PATH = RESULTS / "front.png"
+Run = Mapping[str, Any]
 STYLES = {
     "muon, averaged weights": ("#e6ab02", 2.4),
     "muon_soap": ("#1f78b4", 2.4),
@@ -72,30 +74,44 @@ PANELS = (
 )
 
 
-def draw_panel(axes: Axes, panel: Panel) -> None:
-    """Draw one task: for each optimizer the mean of its seeds, and their range or each of them."""
-    runs = [run for run in read_runs(RESULTS / panel.study) if run["run"].startswith("final")]
-    for place, (name, label) in enumerate(panel.labels.items()):
+def draw_course(axes: Axes, panel: Panel, runs: Mapping[str, list[Run]]) -> None:
+    """Draw the course of the runs: for each optimizer the mean of its seeds, and their range."""
+    assert panel.epochs is not None
+    for name, mine in runs.items():
         color, width = STYLES[name]
-        mine = [run for run in runs if run["label"] == label]
-        if panel.epochs is None:
-            ends = [run["objective"] for run in mine]
-            axes.plot([place] * len(ends), ends, "o", color=color, alpha=0.5, markersize=5)
-            mean = sum(ends) / len(ends)
-            axes.hlines(mean, place - 0.3, place + 0.3, color=color, linewidth=width, label=name)
-            continue
         steps, _, values = points(mine, panel.metric)
         epochs = panel.epochs * steps / steps[-1]
         low, high = values.min(axis=0), values.max(axis=0)
         axes.plot(epochs, values.mean(axis=0), color=color, linewidth=width, label=name)
         axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="epoch", xticks=range(1, panel.epochs + 1))
+
+
+def draw_ends(axes: Axes, runs: Mapping[str, list[Run]]) -> None:
+    """Draw the ends of the runs: for each optimizer its seeds and their mean."""
+    for place, (name, mine) in enumerate(runs.items()):
+        color, width = STYLES[name]
+        ends = [run["objective"] for run in mine]
+        axes.plot([place] * len(ends), ends, "o", color=color, alpha=0.5, markersize=5)
+        mean = sum(ends) / len(ends)
+        axes.hlines(mean, place - 0.3, place + 0.3, color=color, linewidth=width, label=name)
+    axes.set_xticks([])
+    axes.set_xlabel("optimizer: five seeds and their mean")
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw one task."""
+    finals = [run for run in read_runs(RESULTS / panel.study) if run["run"].startswith("final")]
+    runs = {
+        name: [run for run in finals if run["label"] == label]
+        for name, label in panel.labels.items()
+    }
+    if panel.epochs is None:
+        draw_ends(axes, runs)
+    else:
+        draw_course(axes, panel, runs)
     axes.set_title(panel.title, fontsize=10.5)
     axes.set_ylabel(panel.name)
-    if panel.epochs is None:
-        axes.set_xticks([])
-        axes.set_xlabel("optimizer: five seeds and their mean")
-    else:
-        axes.set(xlabel="epoch", xticks=range(1, panel.epochs + 1))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
