@@ -7,6 +7,7 @@ the inputs and sums the gradients of a sample.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,13 @@ class FactoredConfig(PreconditionerConfig):
         "k-th update; in [0, 1).",
         at_least=0.0,
         below=1.0,
+        resumed=True,
+    )
+    stat_samples: int | None = setting(
+        None,
+        "Samples of each batch that the factors are computed from, evenly spaced: fewer make an "
+        "update cheaper, above all on convolutions. none: all.",
+        at_least=1,
         resumed=True,
     )
     inverse_period: int = setting(
@@ -95,7 +103,17 @@ class FactoredCurvature(AveragedCurvature):
         return [(groups, d_in, d_in), (groups, d_out, d_out), ()]
 
     def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
-        return self.describe_rows(*self.rows(calls, kappa, joint))
+        found = self.describe_rows(*self.rows(self._some(calls), kappa, joint))
+        # Relative damping counts the samples of the batch, whichever of them are looked at.
+        found[2] = found[2].new_full((), float(len(calls[0].g)))
+        return found
+
+    def _some(self, calls: Sequence[Call]) -> Sequence[Call]:
+        wanted, n = self.config.stat_samples, len(calls[0].g)
+        if wanted is None or n <= wanted:
+            return calls
+        some = slice(None, None, math.ceil(n / wanted))
+        return [Call(x[some], g[some], weight) for x, g, weight in calls]
 
     def rows(
         self, calls: Sequence[Call], kappa: float, joint: bool

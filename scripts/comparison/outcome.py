@@ -144,8 +144,11 @@ def difference(name: str, runs: Sequence[Any], others: Sequence[Any]) -> str:
     Returns:
         Text; a single pair has no error.
     """
-    theirs = {run["run"]: run[name] for run in others}
-    found = [run[name] - theirs[run["run"]] for run in runs if run["run"] in theirs]
+    # final-seed1 and timed-seed1 are a pair.
+    ours, theirs = (
+        {run["run"].split("-")[1]: run[name] for run in some} for some in (runs, others)
+    )
+    found = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     if not found:
         return NONE
     if len(found) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def table(plan: Plan, folder: Path, found: Sequence[Outcome]) -> str:
             "final runs": f"{len(outcome.usable)} of {len(plan.final_seeds)}",
             **{f"test {name}": spread(outcome.numbers(name)) for name in plan.final_metrics},
             plan.objective: spread(outcome.numbers("objective")),
-            **_against(plan, outcome, found),
+            **_against(plan, outcome, found, lambda one: one.usable),
             **({"AUC of γ": spread(_auc(outcome))} if any(map(_auc, found)) else {}),
             "training loss": spread(outcome.numbers("train_loss")),
         }
@@ -115,12 +115,14 @@ def _pairs(plan: Plan) -> list[str]:
     return [f"{told}seed (initial weights, order of the data) ± its standard error."]
 
 
-def _against(plan: Plan, outcome: Outcome, found: Sequence[Outcome]) -> dict[str, str]:
+def _against(
+    plan: Plan, outcome: Outcome, found: Sequence[Outcome], runs: Callable[[Outcome], Sequence[Any]]
+) -> dict[str, str]:
     label = plan.paired_with
     if label is None:
         return {}
     other = next(one for one in found if one.optimizer.label == label)
-    told = NONE if other is outcome else difference("objective", outcome.usable, other.usable)
+    told = NONE if other is outcome else difference("objective", runs(outcome), runs(other))
     return {f"{plan.objective} against {label}": told}
 
 
@@ -137,11 +139,15 @@ def _seconds(outcome: Outcome, first: Outcome) -> dict[str, str]:
 def _equal_time(plan: Plan, found: Sequence[Outcome]) -> list[str]:
     if plan.equal_time is None:
         return []
-    rows = []
-    for outcome in found:
+
+    def timed(outcome: Outcome) -> Sequence[Any]:
         # The final runs of the reference already take the reference time.
         reference = outcome.optimizer.label == plan.equal_time
-        runs = outcome.usable if reference else outcome.usable_timed
+        return outcome.usable if reference else outcome.usable_timed
+
+    rows = []
+    for outcome in found:
+        runs = timed(outcome)
         rows.append(
             {
                 "optimizer": outcome.optimizer.label,
@@ -149,6 +155,7 @@ def _equal_time(plan: Plan, found: Sequence[Outcome]) -> list[str]:
                 "steps": _mean(outcome.numbers("steps", runs)),
                 **{f"test {n}": spread(outcome.numbers(n, runs)) for n in plan.final_metrics},
                 plan.objective: spread(outcome.numbers("objective", runs)),
+                **_against(plan, outcome, found, timed),
                 "training s": _mean(outcome.numbers("train_seconds", runs)),
             }
         )

@@ -30,7 +30,7 @@ from tests.hf_utils import (
 # Settings with which each method learns the tiny task, and in which updates are not all alike.
 SETTINGS = {
     "kfac": "inverse_period=3,update_period=2,other_lr=1e-2",
-    "ekfac": "inverse_period=3,update_period=2,other_lr=1e-2",
+    "ekfac": "inverse_period=3,update_period=2,stat_samples=3,other_lr=1e-2",
     "eva": "other_lr=1e-2",
     "tengrad": "update_period=5,other_lr=1e-2",
     "seng": "update_period=5,sketch_size=8,big_layer_size=300,other_lr=1e-2",

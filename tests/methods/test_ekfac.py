@@ -124,6 +124,28 @@ def test_moments_and_directions(name: str, kind: str, power: float) -> None:
     assert run.optimizer.statistics()["nonfinite"] == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["linear tokens", "conv2d", "groups"])
+def test_moments_of_some_samples(name: str, kind: str) -> None:
+    run = Run(name, second_moments=kind, stat_samples=2, stat_decay=0.0)
+    run.feed(micro_batches=2)
+    basis = run.basis
+    pairs, m = run.feed(micro_batches=2)
+    spacing = -(-len(run.x) // 2)
+    each = [
+        torch.stack(
+            [
+                moments_by_loop(a[::spacing], g[::spacing], *one, kind)
+                for (a, g), one in zip(micro_batch, basis, strict=True)
+            ]
+        )
+        for micro_batch in pairs
+    ]
+    wanted = sum(each) / 2
+    torch.testing.assert_close(run.state["moments"], wanted, **EXACT)
+    run.check_direction(list(wanted), m, DAMPING)
+
+
 @pytest.mark.parametrize("power", [1.0, 0.5])
 @pytest.mark.parametrize("name", ["linear tokens", "conv2d", "groups"])
 def test_moments_of_the_batch(name: str, power: float) -> None:

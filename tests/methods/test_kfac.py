@@ -126,11 +126,13 @@ def check_layer(
     solver: str = "eigen",
     relative: bool = False,
     damping: float = DAMPING,
+    some: slice = slice(None),
 ) -> None:
     """Hold factors and direction of one attached layer against those of its plain copy."""
     ((x, g),) = calls
     n = len(x)
-    pairs = factors(rows(plain, x, g), n, approx, padded=not isinstance(plain, nn.Conv2d))
+    seen = [(a[some], b[some]) for a, b in rows(plain, x, g)]
+    pairs = factors(seen, n, approx, padded=not isinstance(plain, nn.Conv2d))
     if relative:
         damping *= kfac_unit(pairs, n)
     torch.testing.assert_close(
@@ -173,6 +175,31 @@ def test_directions(name: str, approx: str, solver: str) -> None:
         relative=relative,
     )
     assert optimizer.statistics()["fallbacks"] == optimizer.statistics()["nonfinite"] == 0
+
+
+@pytest.mark.parametrize("wanted", range(1, N + 2))
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["linear", "linear tokens", "conv2d", "groups"])
+def test_factors_of_some_samples(name: str, approx: str, wanted: int) -> None:
+    # Evenly spaced, at most as many as asked for; the mean gradient is that of all.
+    model, x = case(name)
+    plain = copy.deepcopy(model)
+    calls = record(plain.layer)
+    optimizer = make(
+        model, "kfac", kfac_approx=approx, stat_samples=wanted, damping_mode="relative"
+    )
+    step(optimizer, lambda: model.shares(x, False).sum())
+    plain.shares(x, False).sum().backward()
+    spacing = next(k for k in range(1, N + 1) if len(range(0, N, k)) <= wanted)
+    check_layer(
+        model.layer,
+        plain.layer,
+        optimizer.layers[0].state,
+        calls,
+        approx=approx,
+        relative=True,
+        some=slice(None, None, spacing),
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

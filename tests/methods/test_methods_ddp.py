@@ -22,6 +22,7 @@ SETTINGS = {
     "kfac": {"kfac_solver": "inverse", "inverse_period": 1},
     "kfac-eigen-reduce": {"kfac_approx": "reduce"},
     "ekfac": {"inverse_period": 1},
+    "ekfac-some": {"stat_samples": 2, "inverse_period": 1},
     "ekfac-batch": {"second_moments": "batch"},
     "ekfac-samples": {"second_moments": "samples", "curvature_power": 0.5},
     "eva": {},

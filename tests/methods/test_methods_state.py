@@ -141,7 +141,7 @@ def test_a_loaded_state_is_a_copy(name: str) -> None:
 
 CHANGES: dict[str, dict[str, Any]] = {
     "kfac": {"kfac_solver": "inverse", "kfac_approx": "reduce", "inverse_period": 2},
-    "kfac inverse": {"damping": 0.2, "stat_decay": 0.5, "kl_clip": None},
+    "kfac inverse": {"damping": 0.2, "stat_decay": 0.5, "kl_clip": None, "stat_samples": 2},
     "ekfac": {"second_moments": "batch", "curvature_power": 0.5, "damping": 0.2},
     "eva": {"stat_decay": 0.1, "update_period": 2, "fisher_labels": "sampled", "seed": 1},
     "tengrad": {"kl_clip": 0.5, "damping_mode": "absolute", "fisher_labels": "empirical"},
@@ -236,6 +236,7 @@ def test_state_dtypes() -> None:
         ("seng", "big_layer_size", -1),
         *[(m, "stat_decay", v) for m in ("kfac", "ekfac", "eva") for v in (1, 1.0, -0.1)],
         *[("kfac", "inverse_period", v) for v in (0, 0.5)],
+        *[(m, "stat_samples", v) for m in ("kfac", "ekfac") for v in (0, -1, 2.5, True)],
         *[("ekfac", "curvature_power", v) for v in (0, 1.5, True)],
         ("ekfac", "second_moments", "rows"),
         ("kfac", "kfac_approx", "mean"),

@@ -550,7 +550,7 @@ def test_settings_of_the_trainer_are_searched_too(bench):
 
 def test_equal_time(bench):
     assert "the plan has no equal_time" in bench.refused("--stage", "timed")
-    bench.plan["equal_time"] = "sgd"
+    bench.plan |= {"equal_time": "sgd", "paired_with": "sgd"}
     line = bench.refused("--stage", "timed")
     assert "final runs of sgd or fngd are missing: run --stage final" in line
     assert bench.run() == 0, bench.said.err
@@ -572,6 +572,8 @@ def test_equal_time(bench):
     text = (bench.results / "table.md").read_text()
     rows = [line.split("|") for line in text[text.index("At equal time") :].splitlines()]
     (row,) = ([c.strip() for c in line] for line in rows if len(line) > 1 and "fngd" in line[1])
+    ours, theirs = bench.result("fngd", "timed-seed1"), bench.result("sgd", "final-seed1")
+    assert row[-3] == f"{ours['objective'] - theirs['objective']:+.3f} ± 0.000"
     assert row[2:4] == ["2 of 2", str(steps)] and float(row[-2]) == pytest.approx(
         400 * rates["sgd"], rel=1e-2
     )
