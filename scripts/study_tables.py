@@ -60,19 +60,18 @@ def sharing() -> str:
 
 def directions() -> str:
     """Make the table of how much of other batches' loss each direction can remove."""
-    found = load("direction_quality.json")
-    measured = found["results"]["measurements"]
+    found = [load(name) for name in ("direction_quality.json", "direction_quality_late.json")]
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for one in measured:
+    for one in (row for report in found for row in report["results"]["measurements"]):
         row = rows.setdefault((one["part"], one["direction"]), {})
-        for when, step in (("first", 1), ("last", found["workload"]["steps"])):
+        for when, step in (("first", 1), ("last", found[0]["workload"]["steps"])):
             head = f"epoch {one['epochs']:g}, step {step}"
             ratio, error = one[f"gain, {when} step"], one[f"error, {when} step"]
             row[head] = f"{ratio:.2f} ± {error:.2f}"
     columns: dict[str, Callable] = {"part": lambda r: r[0][0], "direction": lambda r: r[0][1]}
     heads = next(iter(rows.values()))
     columns |= {head: lambda r, head=head: r[1][head] for head in heads}
-    return table(rows.items(), columns, texts=2) + machine(found, "mean ± standard error")
+    return table(rows.items(), columns, texts=2) + machine(found[0], "mean ± standard error")
 
 
 # ---- front page --------------------------------------------------------------------------------
@@ -168,19 +167,38 @@ VOCABULARY = {
 }
 
 
+CONVOLUTIONS = {
+    "`muon`": "muon",
+    "EKFAC before `muon`": "ekfac, muon",
+    "`kfac`": "kfac, inverse every 10",
+    "`kfac`, `stat_samples=16`": "kfac, 16 samples, inverse every 10",
+}
+
+
 def vocabulary() -> str:
     """Make the table of what a step of Muon and SOAP costs."""
-    columns: dict[str, Callable] = {"optimizer": itemgetter(0)}
     files = sorted(RESULTS.glob("methods_translation_*.json"), key=lambda path: len(path.name))
-    found = [load(path.name) for path in files]
-    for report in found:
-        rows = report["results"]
-        columns[f"batch {report['workload']['batch_size']}"] = lambda item, rows=rows: (
-            rows[item[1]]["ratio"] / rows["adamw"]["ratio"]
-        )
-    return table(VOCABULARY.items(), columns) + machine(
-        found[0], shape(found[0]).rpartition(", ")[0], "ratios to AdamW"
+    found = {f"batch {one['workload']['batch_size']}": one for one in (load(f.name) for f in files)}
+    first = next(iter(found.values()))
+    return _costs(VOCABULARY, found, "adamw") + machine(
+        first, shape(first).rpartition(", ")[0], "ratios to AdamW"
     )
+
+
+def convolutions() -> str:
+    """Make the table of what a step with curvature costs on convolutions."""
+    files = ("methods_small_resnet_whitening.json", "methods_resnet18_whitening.json")
+    found = {f"width {one['workload']['width']}": one for one in map(load, files)}
+    first = next(iter(found.values()))
+    return _costs(CONVOLUTIONS, found, "muon") + machine(first, shape(first), "ratios to Muon")
+
+
+def _costs(names: Mapping[str, str], reports: Mapping[str, Any], base: str) -> str:
+    columns: dict[str, Callable] = {"optimizer": itemgetter(0)}
+    for head, report in reports.items():
+        rows = report["results"]
+        columns[head] = lambda item, rows=rows: rows[item[1]]["ratio"] / rows[base]["ratio"]
+    return table(names.items(), columns)
 
 
 def _reached(run: Mapping[str, Any], loss: float) -> float | None:
@@ -219,5 +237,14 @@ def fngd() -> str:
 
 
 STUDY_TABLES: dict[str, Callable[[], str]] = {
-    make.__name__: make for make in (sharing, directions, names, fngd, vocabulary, steps)
+    make.__name__: make
+    for make in (
+        sharing,
+        directions,
+        names,
+        fngd,
+        vocabulary,
+        convolutions,
+        steps,
+    )
 }

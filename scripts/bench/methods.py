@@ -77,6 +77,17 @@ METHODS = {
         },
         _BASIS,
     ),
+    "ekfac, muon": Method(
+        {
+            "method": "ekfac",
+            "update_rule": "muon",
+            "curvature_power": 0.5,
+            "stat_samples": 16,
+            "update_period": 2,
+            "inverse_period": 4,
+        },
+        {"": {"new basis": 0.02, "after it": 0.45, "new moments": 0.08, "between": 0.45}},
+    ),
     "sgd_rms": Method({"method": "plain", "update_rule": "sgd", "update_scale": "rms"}),
     "fngd": Method(
         {"method": "fngd", "update_scale": "none", "refresh_every": 2},
@@ -84,6 +95,7 @@ METHODS = {
     ),
     "kfac": Method(_KFAC, _INVERSE),
     "kfac reduce": Method({**_KFAC, "kfac_approx": "reduce"}, _INVERSE),
+    "kfac, 16 samples": Method({**_KFAC, "stat_samples": 16}, _INVERSE),
     "kfac-pytorch": Method(None, _INVERSE),
     "eva": Method({"method": "eva"}),
     "tengrad": Method(

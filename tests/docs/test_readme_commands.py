@@ -78,7 +78,8 @@ PLANS = ("compare_cifar10", "compare_multi30k", "quality_finetune", "ablation_fi
          "ablation_cifar10_wide", "quality_lora", "paper_setting", "noise_finetune",
          "quality_small_batches", "quality_finetune_bleu", "one_epoch", "three_epochs",
          "whitening", "finetune_muon_base", "finetune_adamw_base", "finetune_lora",
-         "cifar10_average", "batches_256", "whitening_cifar10")  # fmt: skip
+         "cifar10_average", "batches_256", "whitening_cifar10",
+         "whitening_cifar10_rates")  # fmt: skip
 SHRINK = {
     # As long as what the study of coefficients, which starts from such a model, wants.
     "run_translation": {**TINY, **NET, **HEADS, "vocab_size": 200, "max_source_length": 64,

@@ -147,33 +147,40 @@ def check_layer(
         torch.testing.assert_close(found[i], wanted, **EXACT)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_directions(name: str, approx: str, solver: str) -> None:
+def check_step(
+    name: str,
+    approx: str,
+    solver: str,
+    relative: bool,
+    some: slice = slice(None),
+    **settings: object,
+) -> KFAC:
+    """Take one step with a layer and hold it against the oracle of its own inputs."""
     model, x = case(name)
     plain = copy.deepcopy(model)
+    # The oracle applies the padding modes itself.
     calls = record(plain.layer)
-    relative = approx == "reduce"
     optimizer = make(
         model,
         "kfac",
         kfac_approx=approx,
         kfac_solver=solver,
         damping_mode="relative" if relative else "absolute",
+        **settings,
     )
     step(optimizer, lambda: model.shares(x, False).sum())
     plain.shares(x, False).sum().backward()
-    check_layer(
-        model.layer,
-        plain.layer,
-        optimizer.layers[0].state,
-        # The oracle sees the layer's own input and applies the padding modes itself.
-        calls,
-        approx=approx,
-        solver=solver,
-        relative=relative,
-    )
+    state = optimizer.layers[0].state
+    known = {"approx": approx, "solver": solver, "relative": relative, "some": some}
+    check_layer(model.layer, plain.layer, state, calls, **known)
+    return optimizer
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_directions(name: str, approx: str, solver: str) -> None:
+    optimizer = check_step(name, approx, solver, relative=approx == "reduce")
     assert optimizer.statistics()["fallbacks"] == optimizer.statistics()["nonfinite"] == 0
 
 
@@ -182,24 +189,9 @@ def test_directions(name: str, approx: str, solver: str) -> None:
 @pytest.mark.parametrize("name", ["linear", "linear tokens", "conv2d", "groups"])
 def test_factors_of_some_samples(name: str, approx: str, wanted: int) -> None:
     # Evenly spaced, at most as many as asked for; the mean gradient is that of all.
-    model, x = case(name)
-    plain = copy.deepcopy(model)
-    calls = record(plain.layer)
-    optimizer = make(
-        model, "kfac", kfac_approx=approx, stat_samples=wanted, damping_mode="relative"
-    )
-    step(optimizer, lambda: model.shares(x, False).sum())
-    plain.shares(x, False).sum().backward()
     spacing = next(k for k in range(1, N + 1) if len(range(0, N, k)) <= wanted)
-    check_layer(
-        model.layer,
-        plain.layer,
-        optimizer.layers[0].state,
-        calls,
-        approx=approx,
-        relative=True,
-        some=slice(None, None, spacing),
-    )
+    some = slice(None, None, spacing)
+    check_step(name, approx, "eigen", relative=True, some=some, stat_samples=wanted)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
