@@ -166,7 +166,9 @@ def gain(
     Returns:
         The gain, in the unit of the loss.
     """
-    along = sum(float((slope[id(p)].double() * step).sum()) for p, step in direction)
+    # The positions of a loaded Marian are parameters, and in no graph.
+    known = ((slope[id(p)], step) for p, step in direction if id(p) in slope)
+    along = sum(float((one.double() * step).sum()) for one, step in known)
     return 0.5 * min(along, 0.0) ** 2 / curvature(model, direction, inputs)
 
 

@@ -75,6 +75,9 @@ def test_no_direction_gains_more_than_newtons(study, problem):
         best, rel=1e-3
     )
     assert study.gain(model, [(weight, -newton)], slopes, inputs) == 0
+    # A parameter outside the graph neither moves nor counts.
+    idle = torch.nn.Parameter(torch.zeros(2)), torch.zeros(2)
+    assert study.gain(model, [(weight, newton), idle], slopes, inputs) == pytest.approx(best)
     plain = study.gain(model, [(weight, -slope)], slopes, inputs)
     assert 0 < plain < best
 
