@@ -238,13 +238,5 @@ def fngd() -> str:
 
 STUDY_TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
-    for make in (
-        sharing,
-        directions,
-        names,
-        fngd,
-        vocabulary,
-        convolutions,
-        steps,
-    )
+    for make in (sharing, directions, names, fngd, vocabulary, convolutions, steps)
 }

@@ -93,8 +93,10 @@ class EKFACLayer(FactoredCurvature):
         moments = [] if self._of_batch else [tuple(self.shape)]
         return [*super().shapes(), *moments]
 
-    def describe_rows(self, a: Tensor, g: Tensor, mask: Tensor | None) -> list[Tensor]:
-        found = super().describe_rows(a, g, mask)
+    def describe_rows(
+        self, a: Tensor, g: Tensor, mask: Tensor | None, samples: int
+    ) -> list[Tensor]:
+        found = super().describe_rows(a, g, mask, samples)
         if self._of_batch:
             return found
         if "basis_a" not in self.state:

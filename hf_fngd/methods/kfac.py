@@ -103,10 +103,9 @@ class FactoredCurvature(AveragedCurvature):
         return [(groups, d_in, d_in), (groups, d_out, d_out), ()]
 
     def describe(self, calls: Sequence[Call], kappa: float, joint: bool) -> list[Tensor]:
-        found = self.describe_rows(*self.rows(self._some(calls), kappa, joint))
         # Relative damping counts the samples of the batch, whichever of them are looked at.
-        found[2] = found[2].new_full((), float(len(calls[0].g)))
-        return found
+        samples = len(calls[0].g)
+        return self.describe_rows(*self.rows(self._some(calls), kappa, joint), samples)
 
     def _some(self, calls: Sequence[Call]) -> Sequence[Call]:
         wanted, n = self.config.stat_samples, len(calls[0].g)
@@ -139,8 +138,10 @@ class FactoredCurvature(AveragedCurvature):
             return a, g.sum(2, keepdim=True), None
         return a, g, alive(self.kind, g)
 
-    def describe_rows(self, a: Tensor, g: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """Return the statistics of one micro-batch; the arguments are the result of `rows`."""
+    def describe_rows(
+        self, a: Tensor, g: Tensor, mask: Tensor | None, samples: int
+    ) -> list[Tensor]:
+        """Return the statistics of one micro-batch, from the result of `rows` and its samples."""
         n = g.shape[1]
         if mask is None:
             factor_a = second_moment(a) / (a.shape[1] * a.shape[2])
@@ -148,7 +149,7 @@ class FactoredCurvature(AveragedCurvature):
             rows = mask.sum((1, 2, 3)).clamp(min=1)
             factor_a = second_moment(a * mask) / rows.view(-1, 1, 1)
         factor_g = second_moment(g) * (1 / n)
-        return [factor_a, factor_g, factor_a.new_full((), float(n))]
+        return [factor_a, factor_g, factor_a.new_full((), float(samples))]
 
     def update(self, step: int) -> bool:
         means = self.means()
