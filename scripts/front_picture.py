@@ -20,6 +20,7 @@ PATH = RESULTS / "front.png"
 Run = Mapping[str, Any]
 STYLES = {
     "muon, averaged weights": ("#e6ab02", 2.4),
+    "soap, averaged weights": ("#a6761d", 2.4),
     "muon_soap": ("#1f78b4", 2.4),
     "muon": ("#1b9e77", 2.0),
     "kfac": ("#7570b3", 1.6),
@@ -67,8 +68,8 @@ PANELS = (
         "eval_bleu",
         "validation BLEU",
         None,
-        {"muon, averaged weights": "muon_average", "muon": "muon", "muon_soap": "muon_soap"}
-        | {"adamw": "adamw", "plain (SGD)": "sgd_rms"}
+        {"muon, averaged weights": "muon_average", "soap, averaged weights": "soap_average"}
+        | {"muon": "muon", "muon_soap": "muon_soap", "adamw": "adamw", "plain (SGD)": "sgd_rms"}
         | {"fngd (coefficients of the first epoch)": "fngd"},
     ),
 )
